@@ -1,0 +1,52 @@
+# make setup   creates .venv with everything (the other targets do it by themselves)
+# make demo    converts a real model to 1 bit, serves it, asks it two questions, stops
+# make serve   the same, and leaves the server running
+# make test    the default test suite; make test-slow: the long tests
+# make check   linter and type checker
+# make bench   the quick benchmark of the linear layer
+#
+# Variables: PYTHON=python3.12  BACKEND=cuda  TORCH_INDEX=...  FIT=...
+
+PYTHON ?= python3
+BACKEND ?= cpu
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+STAMP := $(VENV)/.setup-$(BACKEND)
+NATIVE := setup.py $(wildcard csrc/*)
+
+.PHONY: setup demo serve test test-slow check bench clean
+.DELETE_ON_ERROR:
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml $(wildcard requirements/*.txt) packaging/vllm/pyproject.toml $(NATIVE)
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, found " + sys.version.split()[0] + "; set PYTHON=") if sys.version_info < (3, 11) else 0'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@scripts/setup-$(BACKEND).sh $(BIN)/python $(TORCH_INDEX)
+	@touch $@
+
+demo: setup
+	@$(BIN)/python examples/demo.py
+
+serve: setup
+	@$(BIN)/python examples/demo.py --keep-serving
+
+test: setup
+	$(BIN)/python -m pytest
+
+test-slow: setup
+	$(BIN)/python -m pytest -m slow
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: setup
+	$(BIN)/python benchmarks/linear.py --quick --json benchmarks/results/quick.json
+
+clean:
+	rm -rf $(VENV) build .demo *.egg-info

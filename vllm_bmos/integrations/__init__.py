@@ -1,0 +1,1 @@
+"""Other libraries that load packed checkpoints."""

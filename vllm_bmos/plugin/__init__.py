@@ -1,0 +1,29 @@
+"""What vLLM sees. `register` is the entry point `vllm.general_plugins: vllm_bmos`.
+
+vLLM calls it in every process it starts, more than once at times, and only logs what it raises: so
+it is idempotent, cheap, and turns an unsupported vLLM into an error that a user reads.
+"""
+
+from vllm_bmos.checkpoint.format import QUANT_METHOD
+
+
+def register() -> None:
+    """Make `quant_method: binarymos` known to this process's vLLM."""
+    from vllm.model_executor.layers.quantization import (
+        QUANTIZATION_METHODS,
+        register_quantization_config,
+    )
+
+    if QUANT_METHOD in QUANTIZATION_METHODS:
+        return
+
+    from vllm_bmos.plugin.versions import refusing_config, unsupported_vllm
+
+    reason = unsupported_vllm()
+    if reason is not None:
+        register_quantization_config(QUANT_METHOD)(refusing_config(reason))
+        return
+
+    from vllm_bmos.plugin.config import BinaryMosVllmConfig
+
+    register_quantization_config(QUANT_METHOD)(BinaryMosVllmConfig)

@@ -1,0 +1,192 @@
+"""The quantization config that vLLM builds from a checkpoint, and which layers it claims."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.config import get_current_vllm_config_or_none
+from vllm.logger import init_logger
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization.base_config import (
+    QuantizationConfig,
+    QuantizeMethodBase,
+)
+
+from vllm_bmos.checkpoint import QUANT_METHOD, BinaryMosConfig, Checkpoint, FormatError
+from vllm_bmos.checkpoint.format import BIAS, INDEX_FILE, MANIFEST_FILE, SINGLE_FILE
+from vllm_bmos.plugin.linear import BinaryMosLinearMethod
+
+if TYPE_CHECKING:
+    from vllm.model_executor.models.utils import WeightsMapper
+
+logger = init_logger(__name__)
+
+# Formats that read the checkpoint's own safetensors files. The others (dummy, sharded_state)
+# have no such files, so there is nothing to validate.
+CHECKPOINT_LOAD_FORMATS = {
+    "auto",
+    "hf",
+    "safetensors",
+    "fastsafetensors",
+    "instanttensor",
+    "runai_streamer",
+}
+
+
+class BinaryMosVllmConfig(QuantizationConfig):
+    """`quantization_config` of a packed checkpoint, as vLLM's model builder asks for it.
+
+    Attributes:
+        config: the checkpoint's quantization config.
+        modules: checkpoint name of every quantized layer by the name vLLM's model gives it.
+        biases: whether each quantized layer has a bias, by checkpoint name; None if the
+            checkpoint's files were not read (load formats that do not use them).
+    """
+
+    def __init__(self, config: BinaryMosConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.modules = {name: name for name in config.modules}
+        self.biases: dict[str, bool] | None = None
+
+    @classmethod
+    def get_name(cls) -> Any:
+        """The name in config.json and of `--quantization`."""
+        return QUANT_METHOD
+
+    @classmethod
+    def get_supported_act_dtypes(cls) -> list[torch.dtype]:
+        """Every dtype vLLM serves in: the layer computes in fp32 inside."""
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        """Volta; what each generation gets is the kernels' `can_run` to say."""
+        return 70
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        """None: the config is part of config.json."""
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "BinaryMosVllmConfig":
+        """Build from config.json's `quantization_config`; raises FormatError if it is invalid."""
+        return cls(BinaryMosConfig.from_dict(config))
+
+    def maybe_update_config(
+        self, model_name: str, hf_config: Any = None, revision: str | None = None
+    ) -> None:
+        """Validate the checkpoint's headers as early as vLLM lets us.
+
+        vLLM's own checks do not see a missing shard of a merged layer, a missing norm or an extra
+        bias of a quantized model, so the whole inventory is checked here, in the front process,
+        where the error is the last thing a user reads.
+        """
+        path = Path(model_name)
+        if (path / INDEX_FILE).exists() or (path / SINGLE_FILE).exists():
+            self._read_checkpoint(path)
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: "WeightsMapper") -> None:
+        """Follow vLLM's renaming of a model's modules."""
+        renamed: dict[str, str] = {}
+        for vllm_name, name in self.modules.items():
+            # apply_list drops a name that the model ignores; such a layer is never built.
+            for new_name in hf_to_vllm_mapper.apply_list([vllm_name]):
+                renamed[new_name] = name
+        self.modules = renamed
+
+    def get_quant_method(
+        self, layer: torch.nn.Module, prefix: str
+    ) -> QuantizeMethodBase | None:
+        """The method for one layer of the model.
+
+        Raises:
+            ValueError: if a layer is quantized in the checkpoint and cannot be served.
+        """
+        if not isinstance(layer, LinearBase):
+            self._refuse_quantized(layer, prefix)
+            return None
+        shards = self.shard_names(prefix)
+        quantized = [shard in self.modules for shard in shards]
+        if not any(quantized):
+            return UnquantizedLinearMethod()
+        if not all(quantized):
+            dense = [s for s, q in zip(shards, quantized, strict=True) if not q]
+            raise ValueError(
+                f"{prefix}: vLLM serves {', '.join(shards)} as one merged layer, but "
+                f"{', '.join(dense)} is not quantized while the rest is. Convert the model again "
+                "with all of them quantized or all of them ignored."
+            )
+        if self.biases is None:
+            self._read_checkpoint_at_load()
+        names = [self.modules[shard] for shard in shards]
+        biases = None if self.biases is None else [self.biases[name] for name in names]
+        return BinaryMosLinearMethod(self.config, names, biases)
+
+    def shard_names(self, prefix: str) -> list[str]:
+        """The logical layers, by vLLM's names, that vLLM merges into `prefix`, in order.
+
+        A layer that is already fused on disk (Phi-3) is its own only shard.
+        """
+        parent, _, leaf = prefix.rpartition(".")
+        if prefix in self.modules or leaf not in self.packed_modules_mapping:
+            return [prefix]
+        head = f"{parent}." if parent else ""
+        return [head + shard for shard in self.packed_modules_mapping[leaf]]
+
+    def _refuse_quantized(self, layer: torch.nn.Module, prefix: str) -> None:
+        inside = sorted(m for m in self.modules if m == prefix or m.startswith(f"{prefix}."))
+        if not inside:
+            return
+        kind = type(layer).__name__
+        what = "mixture-of-experts layers" if "xperts" in kind or "MoE" in kind else kind
+        raise ValueError(
+            f"{inside[0]} is quantized in the checkpoint, but vllm-bmos does not serve quantized "
+            f"{what} yet. Convert the model again with --ignore "
+            f"'{prefix.rpartition('.')[2]}'."
+        )
+
+    def _read_checkpoint_at_load(self) -> None:
+        vllm_config = get_current_vllm_config_or_none()
+        if vllm_config is None:
+            return
+        load_format = str(getattr(vllm_config.load_config.load_format, "value", "auto"))
+        load_format = str(vllm_config.load_config.load_format) or load_format
+        if load_format not in CHECKPOINT_LOAD_FORMATS:
+            logger.info_once(
+                "BinaryMoS: load format %s reads no checkpoint; its inventory is not checked.",
+                load_format,
+            )
+            return
+        model = vllm_config.model_config
+        path = Path(model.model)
+        if not path.is_dir():
+            # The same files that vLLM is about to fetch into the same cache.
+            from huggingface_hub import snapshot_download
+
+            path = Path(
+                snapshot_download(
+                    model.model,
+                    revision=model.revision,
+                    cache_dir=vllm_config.load_config.download_dir,
+                    allow_patterns=["*.safetensors", INDEX_FILE, MANIFEST_FILE, "config.json"],
+                )
+            )
+        self._read_checkpoint(path)
+
+    def _read_checkpoint(self, path: Path) -> None:
+        checkpoint = Checkpoint(path)
+        if checkpoint.config != self.config:
+            raise FormatError(
+                f"{path}: quantization_config differs from the one vLLM was given (an override?). "
+                "Serve the checkpoint with its own."
+            )
+        self.biases = {name: f"{name}.{BIAS}" in checkpoint.specs for name in self.config.modules}
+
+
+def quantized_names(modules: Iterable[str]) -> str:
+    """A short list of module names for a message."""
+    names = list(modules)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

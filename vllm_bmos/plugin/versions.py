@@ -1,0 +1,56 @@
+"""The vLLM versions this plugin is made for, and what happens with another one."""
+
+from typing import Any
+
+from packaging.version import Version
+
+# Both ends of the range are run by the tests (docs/FEATURES.md); vLLM's quantization API is not
+# frozen, so a version that was never run is refused rather than tried.
+MIN_VLLM = "0.28.0"
+MAX_VLLM = "0.33.0"  # exclusive
+
+
+def unsupported_vllm(found: str | None = None) -> str | None:
+    """Why the installed vLLM cannot be used, in one sentence, or None if it can."""
+    if found is None:
+        import vllm
+
+        found = vllm.__version__
+    release = Version(Version(found).base_version)
+    if Version(MIN_VLLM) <= release < Version(MAX_VLLM):
+        return None
+    return (
+        f"vllm-bmos supports vLLM >={MIN_VLLM},<{MAX_VLLM} and found vLLM {found}; install a "
+        "vLLM of that range, or a vllm-bmos made for yours."
+    )
+
+
+def refusing_config(reason: str) -> type:
+    """A quantization config class that raises `reason` when a model asks for it."""
+    from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+
+    class UnsupportedVllm(QuantizationConfig):
+        @classmethod
+        def from_config(cls, config: dict[str, Any]) -> QuantizationConfig:
+            raise ValueError(reason)
+
+        @classmethod
+        def get_min_capability(cls) -> int:
+            return 0
+
+        @classmethod
+        def get_supported_act_dtypes(cls) -> list[Any]:
+            return []
+
+        @staticmethod
+        def get_config_filenames() -> list[str]:
+            return []
+
+        @classmethod
+        def get_name(cls) -> Any:
+            raise ValueError(reason)
+
+        def get_quant_method(self, layer: Any, prefix: str) -> Any:
+            raise ValueError(reason)
+
+    return UnsupportedVllm
