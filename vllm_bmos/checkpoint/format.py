@@ -139,9 +139,7 @@ class BinaryMosConfig:
             )
         for key in ("quant_method", "format_version", "num_experts", "modules", "scale_dtype"):
             if key not in config:
-                raise FormatError(
-                    f"quantization_config.{key} is missing. Convert the model again."
-                )
+                raise FormatError(f"quantization_config.{key} is missing. Convert the model again.")
         for key in config:
             if key not in known:
                 raise FormatError(
@@ -205,7 +203,7 @@ def check_linear(
     bias = specs.get(f"{module}.{BIAS}")
     if bias is not None and (bias.dtype not in ("F16", "BF16", "F32") or bias.shape != (N,)):
         raise FormatError(
-            f"{module}.{BIAS}: expected a float tensor [{N}], found {bias}. Convert the model again."
+            f"{module}.{BIAS}: expected a float tensor [{N}], found {bias}. Convert again."
         )
     return N, K
 

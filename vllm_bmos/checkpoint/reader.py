@@ -1,14 +1,12 @@
 """Opens a packed checkpoint and checks everything its headers say before any tensor is read."""
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
+from vllm_bmos.checkpoint.container import Extent, read_extents, read_tensor
 from vllm_bmos.checkpoint.format import (
     BIAS,
     CONFIG_FILE,
@@ -34,7 +32,8 @@ class Checkpoint:
         model_config: config.json as a dict.
         config: its `quantization_config`.
         manifest: what bmos_manifest.json says of every tensor: dtype, shape and sha256.
-        specs: dtype and shape of every tensor, as the files' headers say.
+        extents: where every tensor lies, as the files' headers say.
+        specs: dtype and shape of every tensor.
         files: the name of the file that holds each tensor.
         shapes: (N, K) of every quantized layer by module name.
 
@@ -52,19 +51,19 @@ class Checkpoint:
             )
         self.config = BinaryMosConfig.from_dict(self.model_config["quantization_config"])
         self.manifest = read_manifest(self.path / MANIFEST_FILE)
-        self.specs, self.files = read_headers(self.path)
+        self.extents = read_headers(self.path)
+        self.specs = {name: extent.spec for name, extent in self.extents.items()}
+        self.files = {name: extent.file.name for name, extent in self.extents.items()}
         check_inventory(self.manifest, self.specs)
         self.shapes = check_layers(self.config, self.specs)
 
     def tensor(self, name: str) -> torch.Tensor:
         """Read one tensor onto the CPU."""
-        file = self.path / self.files[name]
-        with _safetensors_errors(file), safe_open(file, framework="pt") as handle:
-            return handle.get_tensor(name)
+        return read_tensor(self.extents[name])
 
 
-def read_headers(path: Path) -> tuple[dict[str, TensorSpec], dict[str, str]]:
-    """Dtype and shape of every tensor of a safetensors directory, and the file it is in.
+def read_headers(path: Path) -> dict[str, Extent]:
+    """Every tensor of a safetensors directory: where it lies, its dtype and its shape.
 
     Serves packed and dense checkpoints, in one file or sharded with an index.
 
@@ -72,46 +71,73 @@ def read_headers(path: Path) -> tuple[dict[str, TensorSpec], dict[str, str]]:
         FormatError: for a missing or damaged file, or an index that does not match the files.
     """
     index = path / INDEX_FILE
-    if index.exists():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(
-            isinstance(file, str) for file in weight_map.values()
-        ):
-            raise FormatError(f"{index}: weight_map is not an object of file names. Download again.")
-        file_names = sorted(set(weight_map.values()))
-    else:
-        weight_map = None
-        file_names = [SINGLE_FILE]
-    specs: dict[str, TensorSpec] = {}
-    files: dict[str, str] = {}
-    for file_name in file_names:
-        if Path(file_name).name != file_name or not file_name.endswith(".safetensors"):
+    weight_map = read_weight_map(index, ".safetensors") if index.exists() else None
+    extents: dict[str, Extent] = {}
+    for file_name in sorted(set(weight_map.values())) if weight_map else [SINGLE_FILE]:
+        for name, extent in read_extents(inside(path, file_name)).items():
+            if name in extents:
+                raise FormatError(
+                    f"{name} is in both {extents[name].file.name} and {file_name}. Convert again."
+                )
+            extents[name] = extent
+    check_weight_map(weight_map, {name: extent.file.name for name, extent in extents.items()})
+    return extents
+
+
+def read_weight_map(index: Path, suffix: str) -> dict[str, str]:
+    """Read an index: the file name of every tensor.
+
+    Raises:
+        FormatError: unless each is the name of a `suffix` file beside the index.
+    """
+    weight_map = read_json(index).get("weight_map")
+    if (
+        not isinstance(weight_map, dict)
+        or not weight_map
+        or not all(isinstance(file, str) for file in weight_map.values())
+    ):
+        raise FormatError(f"{index}: weight_map is not an object of file names. Download again.")
+    for file_name in sorted(set(weight_map.values())):
+        if Path(file_name).name != file_name or not file_name.endswith(suffix):
             raise FormatError(
-                f"{index}: {file_name!r} is not the name of a .safetensors file beside the index. "
+                f"{index}: {file_name!r} is not the name of a {suffix} file beside the index. "
                 "Do not use this checkpoint."
             )
-        if not (path / file_name).is_file():
-            raise FormatError(f"{path / file_name} is missing. Download or convert it again.")
-        with (
-            _safetensors_errors(path / file_name),
-            safe_open(path / file_name, framework="pt") as handle,
-        ):
-            for name in handle.keys():  # noqa: SIM118 (not a dict)
-                if name in files:
-                    raise FormatError(
-                        f"{name} is in both {files[name]} and {file_name}. Convert again."
-                    )
-                view = handle.get_slice(name)
-                specs[name] = TensorSpec(view.get_dtype(), tuple(view.get_shape()))
-                files[name] = file_name
-    if weight_map is not None and weight_map != files:
-        for name in sorted(weight_map.keys() | files.keys()):
-            if weight_map.get(name) != files.get(name):
-                raise FormatError(
-                    f"{name}: {INDEX_FILE} places it in {weight_map.get(name) or 'no file'}, but "
-                    f"it is in {files.get(name) or 'no file'}. Download or convert again."
-                )
-    return specs, files
+    return weight_map
+
+
+def check_weight_map(weight_map: dict[str, str] | None, files: dict[str, str]) -> None:
+    """Raise FormatError naming the first tensor that an index places in another file."""
+    if weight_map is None or weight_map == files:
+        return
+    for name in sorted(weight_map.keys() | files.keys()):
+        if weight_map.get(name) != files.get(name):
+            raise FormatError(
+                f"{name}: the index places it in {weight_map.get(name) or 'no file'}, but "
+                f"it is in {files.get(name) or 'no file'}. Download or convert again."
+            )
+
+
+def inside(directory: Path, name: str) -> Path:
+    """The regular file `name` of a directory; a symlink may not lead out of it.
+
+    A hub cache is the one exception: its snapshots are links into the `blobs` folder beside them.
+
+    Raises:
+        FormatError: if there is no such regular file, or if a link leads elsewhere.
+    """
+    file = directory / name
+    if not file.is_file():
+        raise FormatError(f"{file} is missing or not a regular file. Download or convert it again.")
+    allowed = [directory.resolve()]
+    if directory.resolve().parent.name == "snapshots":
+        allowed.append(directory.resolve().parent.parent / "blobs")
+    if file.resolve().parent not in allowed:
+        raise FormatError(
+            f"{file} is a link to {file.resolve()}, outside its directory. Replace it by the file "
+            "itself if you trust it."
+        )
+    return file
 
 
 def read_manifest(path: Path) -> dict[str, dict[str, Any]]:
@@ -206,14 +232,3 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise FormatError(f"{path}: expected a JSON object, found {type(value).__name__}.")
     return value
-
-
-@contextmanager
-def _safetensors_errors(file: Path) -> Iterator[None]:
-    try:
-        yield
-    except (SafetensorError, OSError) as error:
-        raise FormatError(
-            f"{file} cannot be read as safetensors ({error}). It is damaged or truncated; "
-            "download or convert it again."
-        ) from None

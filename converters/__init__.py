@@ -1,0 +1,1 @@
+"""Turns language models of every usual layout into packed BinaryMoS checkpoints."""

@@ -1,0 +1,51 @@
+"""Perplexity of the dense source and of the packed result on a text, through transformers."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from converters.sources import Source
+from converters.sources.gguf import GgufSource
+
+WINDOW = 2048  # tokens, or the model's own limit if that is smaller
+
+
+def evaluate(source: Source, target: Path, text: str) -> dict[str, float]:
+    """Perplexities by name: "packed", and "dense" if the source is a dense model.
+
+    Protocol: the text is tokenised whole without special tokens and cut into non-overlapping
+    windows; the mean negative log-likelihood is over every token but the first of each window.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import vllm_bmos.integrations.transformers  # noqa: F401 (registers the quantizer)
+
+    tokenizer = AutoTokenizer.from_pretrained(target)
+    tokens = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids[0]
+    if len(tokens) < 2:
+        raise ValueError("--eval-text: the text has fewer than two tokens.")
+    result = {}
+    if source.stage is not None:
+        gguf = {"gguf_file": source.path.name} if isinstance(source, GgufSource) else {}
+        dense = AutoModelForCausalLM.from_pretrained(source.files, dtype=torch.float32, **gguf)
+        result["dense"] = perplexity(dense, tokens)
+        del dense
+    packed = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
+    result["packed"] = perplexity(packed, tokens)
+    return result
+
+
+@torch.inference_mode()
+def perplexity(model: Any, tokens: torch.Tensor) -> float:
+    """Perplexity of a causal language model on tokens [T]."""
+    window = min(WINDOW, model.config.max_position_embeddings)
+    loss, count = 0.0, 0
+    for part in tokens.split(window):
+        if len(part) < 2:
+            continue
+        logits = model(part[None]).logits[0, :-1].float()
+        loss += float(torch.nn.functional.cross_entropy(logits, part[1:], reduction="sum"))
+        count += len(part) - 1
+    return math.exp(min(loss / count, 700.0))

@@ -1,0 +1,200 @@
+"""The command line of the converter: parse, plan, run, report.
+
+Exit codes: 0 done; 1 the source or checkpoint is malformed or unsupported; 2 wrong usage;
+3 the target cannot be written (it exists, is locked, the disk is full); 130 interrupted, resumable.
+"""
+
+import argparse
+import json
+import logging
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+if __package__ in (None, ""):  # run as a file: make the repository's packages importable
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from converters.evaluate import evaluate
+from converters.fitting import STAGES
+from converters.options import Options
+from converters.pipeline import convert
+from converters.plan import Plan, make_plan
+from converters.report import conversion_report, inspection, plan_report
+from converters.workspace import TargetError
+from vllm_bmos.checkpoint.format import MAX_EXPERTS, SCALE_DTYPES, FormatError
+from vllm_bmos.checkpoint.verify import verify
+
+logger = logging.getLogger("hf_to_bmos")
+
+COMMANDS = ("convert", "verify", "inspect")
+OK, BAD_INPUT, BAD_TARGET, INTERRUPTED = 0, 1, 3, 130
+EXAMPLES = """\
+examples:
+  %(prog)s SmolLM2-135M SmolLM2-135M-bmos
+  %(prog)s model.gguf model-bmos --eval-text wiki.test.raw
+  %(prog)s Llama-2-7B-BinaryMoS-E4 Llama-2-7B-bmos --resume
+  %(prog)s verify Llama-2-7B-bmos --source Llama-2-7B-BinaryMoS-E4
+  %(prog)s inspect Llama-2-7B-bmos --json
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given and given[0] not in COMMANDS and given[0] not in ("-h", "--help"):
+        given.insert(0, "convert")
+    args = _parser().parse_args(given)
+    level = logging.WARNING if args.quiet else logging.INFO
+    logging.basicConfig(level=level, stream=sys.stderr, format="%(message)s", force=True)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    try:
+        return int(args.run(args))
+    except FormatError as error:
+        logger.error("error: %s", error)
+        return BAD_INPUT
+    except BrokenPipeError:  # the reader of stdout has seen enough
+        sys.stdout = None
+        return OK
+    except (TargetError, OSError) as error:
+        logger.error("error: %s", error)
+        return BAD_TARGET
+    except KeyboardInterrupt:
+        logger.error("interrupted; the same command with --resume continues")
+        return INTERRUPTED
+
+
+def run_convert(args: argparse.Namespace) -> int:
+    """`SRC DST`: plan, convert, report."""
+    options = Options(
+        experts=args.experts,
+        stage=args.stage,
+        ignore=tuple(args.ignore),
+        scale_dtype=args.scale_dtype,
+        max_shard_size=args.max_shard_size,
+    )
+    plan = make_plan(args.src, options)
+    logger.info("source: %s, of kind %s", args.src, plan.source.kind)
+    if args.dry_run:
+        print(plan_report(plan))
+        return OK
+    if plan.source.stage is not None:
+        _warn_data_free(plan)
+    text = args.eval_text.read_text(encoding="utf-8") if args.eval_text else None
+    zeros = convert(plan, args.dst, resume=args.resume, workers=args.jobs)
+    print(conversion_report(plan, args.dst, zeros))
+    if text is not None:
+        for name, value in evaluate(plan.source, args.dst, text).items():
+            print(f"perplexity of the {name} model on {args.eval_text.name}: {value:.2f}")
+    return OK
+
+
+def run_verify(args: argparse.Namespace) -> int:
+    """`verify DST`: re-read everything."""
+    checkpoint = verify(args.dst)
+    result = {
+        "path": str(args.dst),
+        "valid": True,
+        "tensors": len(checkpoint.specs),
+        "layers": len(checkpoint.shapes),
+    }
+    if args.json:
+        print(json.dumps(result, indent=2))
+    else:
+        print(f"{args.dst}: valid, {result['layers']} layers, {result['tensors']} tensors")
+    return OK
+
+
+def run_inspect(args: argparse.Namespace) -> int:
+    """`inspect DST`: shapes, bits per weight, spread of the experts."""
+    print(inspection(args.dst, as_json=args.json))
+    return OK
+
+
+def _warn_data_free(plan: Plan) -> None:
+    logger.warning(
+        "WARNING: stage %s looks at the weights only. The result runs, but its text is garbage: "
+        "it is a start for fitting, not a model to use.",
+        plan.source.stage,
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="hf_to_bmos.py",
+        description="Convert a language model to a packed 1-bit BinaryMoS checkpoint. "
+        "The command `convert` may be left out.",
+        epilog=EXAMPLES + (__doc__ or "").split("\n\n", 1)[1],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(required=True, metavar="convert|verify|inspect")
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("-q", "--quiet", action="store_true", help="log warnings and errors only")
+    formatter = argparse.ArgumentDefaultsHelpFormatter
+
+    convert_ = commands.add_parser("convert", parents=[shared], formatter_class=formatter)
+    convert_.set_defaults(run=run_convert)
+    convert_.add_argument("src", type=Path, help="model directory or .gguf file")
+    convert_.add_argument("dst", type=Path, help="directory to create")
+    convert_.add_argument(
+        "--experts", type=_experts, default=4, help="E, for sources without experts of their own"
+    )
+    convert_.add_argument(
+        "--stage", choices=sorted(STAGES), default="svid", help="how dense layers are fitted"
+    )
+    convert_.add_argument(
+        "--ignore",
+        type=_pattern,
+        action="append",
+        default=[],
+        metavar="REGEX",
+        help="leave linear layers with a match in their name as they are; may be repeated",
+    )
+    convert_.add_argument(
+        "--scale-dtype",
+        choices=sorted(SCALE_DTYPES),
+        help="dtype of scales and routers; without it the source's own, or float16",
+    )
+    convert_.add_argument("--max-shard-size", type=_size, default="5GB", help="largest output file")
+    convert_.add_argument(
+        "--eval-text", type=Path, metavar="FILE", help="print perplexities on this text"
+    )
+    convert_.add_argument("--dry-run", action="store_true", help="print the plan, write nothing")
+    convert_.add_argument("--resume", action="store_true", help="continue an interrupted run")
+    convert_.add_argument("--jobs", type=int, default=0, help="threads; 0 is one per core")
+
+    verify_ = commands.add_parser("verify", parents=[shared], formatter_class=formatter)
+    verify_.set_defaults(run=run_verify)
+    verify_.add_argument("dst", type=Path, help="packed checkpoint")
+    verify_.add_argument("--json", action="store_true", help="print JSON")
+
+    inspect_ = commands.add_parser("inspect", parents=[shared], formatter_class=formatter)
+    inspect_.set_defaults(run=run_inspect)
+    inspect_.add_argument("dst", type=Path, help="packed checkpoint")
+    inspect_.add_argument("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def _experts(text: str) -> int:
+    if not text.isdigit() or not 1 <= int(text) <= MAX_EXPERTS:
+        raise argparse.ArgumentTypeError(f"expected a number from 1 to {MAX_EXPERTS}, not {text}")
+    return int(text)
+
+
+def _pattern(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a regular expression: {error}") from None
+    return text
+
+
+def _size(text: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", text.strip(), re.IGNORECASE)
+    if match is None or float(match[1]) <= 0:
+        raise argparse.ArgumentTypeError(f"expected a size such as 5GB or 500MB, not {text!r}")
+    return max(1, int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " ")))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,50 @@
+"""A dense Hugging Face directory: every linear layer of its decoder blocks is fitted."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from converters.fitting import STAGES
+from converters.options import Options
+from converters.sources.base import PackedLayer, Source, check_weight, expect
+from converters.sources.store import Store
+from converters.structure import decoder_linears, refuse_experts
+from vllm_bmos.checkpoint.format import FormatError
+
+DEFAULT_SCALE_DTYPE = "float16"
+
+
+class DenseSource(Source):
+    """Any causal language model that transformers knows."""
+
+    kind = "dense"
+    suffixes = ("weight",)
+
+    def __init__(
+        self, path: Path, options: Options, config: Mapping[str, Any], store: Store
+    ) -> None:
+        self.path, self.store = path, store
+        self.files = path if path.is_dir() else path.parent
+        self.config = dict(config)
+        refuse_experts(store.specs, options)
+        linears = decoder_linears(config, store.specs)
+        self.modules = {name: size for name, size in linears.items() if not options.ignores(name)}
+        if not self.modules:
+            raise FormatError(
+                f"{path}: no linear layer is left to pack: the model's decoder blocks have "
+                f"{len(linears)}, and --ignore matches them all."
+            )
+        for name, size in self.modules.items():
+            expect(f"{name}.weight", store.specs.get(f"{name}.weight"), size)
+        self.experts = options.experts
+        self.scale_dtype = options.scale_dtype or DEFAULT_SCALE_DTYPE
+        self.stage = options.stage
+        self._fit = STAGES[options.stage]
+
+    def layer(self, module: str) -> PackedLayer:
+        """Fit one layer by the chosen stage."""
+        name = f"{module}.weight"
+        weight = self.store.tensor(name)
+        check_weight(name, weight)
+        zeros = int((weight == 0).sum())
+        return PackedLayer(self._fit(weight, self.experts), zeros)

@@ -1,0 +1,141 @@
+"""A GGUF file of a dense model, dequantised tensor by tensor.
+
+transformers maps GGUF's metadata, names and layouts (llama.cpp permutes the rows of q and k, and
+adds 1 to Gemma's norms) to its own; this file only keeps that from loading the model whole.
+"""
+
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from converters.options import Options
+from converters.sources.base import tensor_bytes
+from converters.sources.dense import DenseSource
+from converters.structure import meta_model
+from vllm_bmos.checkpoint.format import SAFETENSORS_DTYPES, FormatError, TensorSpec
+
+# GGUF's quantized blocks have no Hugging Face dtype. bfloat16 is what most models were trained in.
+DTYPE = torch.bfloat16
+
+
+class GgufSource(DenseSource):
+    """A GGUF file of an architecture that transformers can read."""
+
+    kind = "gguf"
+
+    def __init__(self, path: Path, options: Options) -> None:
+        if not path.is_file():
+            raise FormatError(f"{path} is missing. Check the file's name.")
+        store, config = open_gguf(path)
+        super().__init__(path, options, config, store)
+
+
+class GgufStore:
+    """The tensors of a GGUF file under their Hugging Face names, as bfloat16."""
+
+    def __init__(
+        self, path: Path, tensors: dict[str, Any], processor: Any, names: dict[str, str]
+    ) -> None:
+        self.files = [path]
+        self._tensors = tensors  # by Hugging Face name
+        self._processor = processor
+        self._names = names  # GGUF name -> Hugging Face name
+        # GGUF lists dimensions from the fastest to the slowest.
+        self.specs = {
+            name: TensorSpec(SAFETENSORS_DTYPES[DTYPE], tuple(int(d) for d in t.shape[::-1]))
+            for name, t in tensors.items()
+        }
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Dequantise a whole tensor."""
+        from gguf import dequantize
+
+        stored = self._tensors[name]
+        weights = dequantize(stored.data, stored.tensor_type)
+        result = self._processor.process(
+            weights=weights, name=stored.name, tensor_key_mapping=self._names, parsed_parameters={}
+        )
+        return torch.from_numpy(np.array(result.weights, order="C")).to(DTYPE)
+
+    def blocks(self, name: str) -> Iterator[torch.Tensor]:
+        """The whole tensor: its layout may permute rows."""
+        yield self.tensor(name)
+
+    def chunks(self, name: str) -> Iterator[memoryview]:
+        """The bytes of the dequantised tensor."""
+        yield tensor_bytes(self.tensor(name))
+
+
+def open_gguf(path: Path) -> tuple[GgufStore, dict[str, Any]]:
+    """Read a GGUF file's metadata.
+
+    Returns:
+        Its tensors, and a config.json for them.
+
+    Raises:
+        FormatError: if the file is damaged or transformers does not know its architecture.
+    """
+    from gguf import GGUFReader
+    from transformers import AutoConfig
+    from transformers.modeling_gguf_pytorch_utils import (
+        TENSOR_PROCESSORS,
+        TensorProcessor,
+        get_gguf_hf_weights_map,
+        load_gguf_checkpoint,
+    )
+
+    try:
+        parsed = load_gguf_checkpoint(str(path))
+        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        reader = GGUFReader(path)
+        architecture = reader.fields["general.architecture"].contents()
+        processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=parsed["config"])
+    except Exception as error:  # whatever the readers make of a malformed file
+        raise FormatError(
+            f"{path} cannot be read as GGUF ({type(error).__name__}: {error}). It is damaged, or "
+            "transformers does not support its architecture."
+        ) from None
+    model_config = clean_config(config.to_diff_dict())
+    model = meta_model(model_config, len(reader.tensors))
+    model_config["architectures"] = [type(model).__name__]
+    names = get_gguf_hf_weights_map(model, processor)
+    tensors = {names[t.name]: t for t in reader.tensors if t.name in names}
+    missing = [hf for gguf, hf in names.items() if hf not in tensors and gguf != "output.weight"]
+    if missing:
+        raise FormatError(f"{path}: {missing[0]} is missing. The file is incomplete.")
+    return GgufStore(path, tensors, processor, names), model_config
+
+
+def clean_config(config: dict[str, Any]) -> dict[str, Any]:
+    """A config.json from what transformers reads of GGUF's metadata.
+
+    GGUF stores float32, so 1e-5 arrives as 9.99999974e-06: each float becomes the shortest decimal
+    that reads back as the same float32.
+    """
+    config = json.loads(json.dumps(config), parse_float=lambda text: float(str(np.float32(text))))
+    for key in ("_name_or_path", "_model_name_or_path", "quantization_config", "torch_dtype"):
+        config.pop(key, None)
+    return {**config, "dtype": str(DTYPE).removeprefix("torch.")}
+
+
+def made_files(path: Path, config: dict[str, Any]) -> dict[str, bytes]:
+    """The tokenizer, chat template and special tokens inside a GGUF file, as Hugging Face files."""
+    from transformers import AutoTokenizer
+
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        tokenizer.save_pretrained(folder)
+        files = {file.name: file.read_bytes() for file in sorted(Path(folder).iterdir())}
+    settings = json.loads(files["tokenizer_config.json"])
+    for key in ("is_local", "local_files_only"):  # about this machine, not about the tokenizer
+        settings.pop(key, None)
+    files["tokenizer_config.json"] = json.dumps(settings, indent=2).encode()
+    special = ("bos_token_id", "eos_token_id", "pad_token_id")
+    generation = {key: config[key] for key in special if config.get(key) is not None}
+    files["generation_config.json"] = json.dumps(generation, indent=2).encode()
+    return files

@@ -1,0 +1,111 @@
+"""Which layers of a model are quantized: the linear layers inside its decoder blocks."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from converters.options import Options
+from vllm_bmos.checkpoint.format import FormatError, TensorSpec
+
+# Blocks are numbered. What lies outside them (embeddings, heads, projections) stays dense.
+IN_BLOCK = re.compile(r"\.\d+\.")
+# A MoE block's routing layer: tiny, and its choice of experts is too sensitive for one bit.
+MOE_GATE = re.compile(r"\.(gate|router|shared_expert_gate)$")
+MOE_EXPERT = re.compile(r"\.(experts|expert)\.|\.experts\b")
+
+
+def decoder_linears(
+    model_config: Mapping[str, Any], specs: Mapping[str, TensorSpec]
+) -> dict[str, tuple[int, int]]:
+    """The linear layers inside the decoder blocks, as the source's files name them.
+
+    The model is built by transformers on the meta device: no weight is allocated and no code from
+    the model's directory runs.
+
+    Args:
+        model_config: config.json.
+        specs: every tensor of the source.
+
+    Returns:
+        (N, K) by module name, in the model's order.
+
+    Raises:
+        FormatError: if transformers does not know the model, or a layer's weight is missing or has
+            another shape than config.json says.
+    """
+    model = meta_model(model_config, len(specs))
+    decoder = set(model.get_decoder().modules())  # leaves the vision tower of a larger model out
+    found: dict[str, tuple[int, int]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and module in decoder and IN_BLOCK.search(name):
+            if MOE_GATE.search(name):
+                continue
+            on_disk = _name_on_disk(name, model.base_model_prefix, specs)
+            shape = (module.out_features, module.in_features)
+            if specs[f"{on_disk}.weight"].shape != shape:
+                raise FormatError(
+                    f"{on_disk}.weight: config.json asks for {list(shape)}, found "
+                    f"{specs[f'{on_disk}.weight']}. Config and weights are of different models."
+                )
+            found[on_disk] = shape
+    return found
+
+
+def meta_model(model_config: Mapping[str, Any], tensors: int) -> Any:
+    """The transformers model of a config, without weights.
+
+    Args:
+        model_config: config.json.
+        tensors: number of tensors in the source; no model has more blocks than that.
+
+    Raises:
+        FormatError: if transformers cannot build it.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    model_type = model_config.get("model_type")
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+        raise FormatError(
+            f"config.json: model_type: transformers does not know {model_type!r}. Upgrade "
+            "transformers; models that bring their own code are not supported."
+        )
+    layers = model_config.get("num_hidden_layers", 0)
+    if not isinstance(layers, int) or layers > tensors:
+        raise FormatError(
+            f"config.json: num_hidden_layers is {layers!r}, but the model has {tensors} tensors."
+        )
+    values = {key: v for key, v in model_config.items() if key != "quantization_config"}
+    try:
+        config = CONFIG_MAPPING[model_type].from_dict(values)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # whatever transformers makes of a malformed config
+        raise FormatError(
+            f"config.json: transformers cannot build this {model_type} model "
+            f"({type(error).__name__}: {error})."
+        ) from None
+
+
+def refuse_experts(specs: Mapping[str, TensorSpec], options: Options) -> None:
+    """Raise FormatError naming the first tensor of a MoE expert that is not ignored."""
+    for name in specs:
+        if MOE_EXPERT.search(name) and not options.ignores(name):
+            raise FormatError(
+                f"{name}: quantized MoE experts are not supported; that needs a fused 1-bit MoE "
+                r"kernel. Pass --ignore '\.experts' to keep the experts as they are."
+            )
+
+
+def _name_on_disk(name: str, prefix: str, specs: Mapping[str, TensorSpec]) -> str:
+    """Some checkpoints were saved from the base model and lack its prefix."""
+    short = name.removeprefix(f"{prefix}.")
+    for candidate in (name, short):
+        if f"{candidate}.weight" in specs:
+            return candidate
+    raise FormatError(
+        f"{name}.weight is missing: config.json asks for it. The source is incomplete, or "
+        "config.json belongs to another model; download it again."
+    )

@@ -1,0 +1,155 @@
+"""Where a conversion works until it is complete: `DST.partial`, locked, journalled, resumable.
+
+    DST.partial/journal.jsonl   the plan's fingerprint, then one line per finished job
+    DST.partial/checkpoint/     becomes DST in one rename when everything is written and verified
+
+A job's line holds the sha256 of each tensor that it wrote. A resumed run trusts a line only if
+the bytes on the disk still have these sums, so no crash at any moment can leave a wrong tensor.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from vllm_bmos.checkpoint.format import FormatError
+
+
+class TargetError(Exception):
+    """DST cannot be written. The message says why and what to do."""
+
+
+def work_directory(target: Path) -> Path:
+    """DST.partial."""
+    return target.with_name(target.name + ".partial")
+
+
+class Workspace:
+    """The exclusive right to write one DST.
+
+    Args:
+        target: DST.
+        fingerprint: of the plan.
+        resume: whether to continue an interrupted run.
+
+    Attributes:
+        checkpoint: the directory to write into.
+        finished: the journal's lines, by job name.
+
+    Raises:
+        TargetError: if DST exists, another converter works on it, or what was interrupted was not
+            this same conversion.
+    """
+
+    def __init__(self, target: Path, fingerprint: str, resume: bool) -> None:
+        self.target = target
+        self.root = work_directory(target)
+        self.checkpoint = self.root / "checkpoint"
+        self.finished: dict[str, dict[str, Any]] = {}
+        self._journal_file = self.root / "journal.jsonl"
+        check_free(target)
+        fresh = _make(self.root)
+        self._lock = _lock(self.root)
+        try:
+            if not fresh:
+                self._continue(fingerprint, resume)
+            self.checkpoint.mkdir(exist_ok=True)
+            lines = [{"fingerprint": fingerprint}, *self.finished.values()]
+            self._journal_file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+            self._journal = self._journal_file.open("a")
+        except BaseException:
+            os.close(self._lock)
+            raise
+
+    def _continue(self, fingerprint: str, resume: bool) -> None:
+        if not resume:
+            raise TargetError(
+                f"{self.root} holds an interrupted conversion. Pass --resume to continue it, or "
+                "delete that directory to start again."
+            )
+        lines = _read_journal(self._journal_file)
+        if lines and lines[0].get("fingerprint") != fingerprint:
+            raise TargetError(
+                f"{self.root} holds an interrupted conversion of another source or with other "
+                "options. Repeat it with the same source and options, or delete that directory."
+            )
+        self.finished = {line["job"]: line for line in lines[1:]}
+
+    def record(self, line: dict[str, Any]) -> None:
+        """Note a finished job."""
+        self.finished[line["job"]] = line
+        self._journal.write(json.dumps(line) + "\n")
+        self._journal.flush()
+
+    def publish(self) -> None:
+        """Make the finished checkpoint appear as DST, whole."""
+        sync_directory(self.checkpoint)
+        os.rename(self.checkpoint, self.target)
+        sync_directory(self.target.parent)
+        self._journal_file.unlink()
+        self.root.rmdir()
+
+    def __enter__(self) -> "Workspace":
+        """Enter."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Release the lock. What is worth nothing to a resumed run does not stay behind."""
+        self._journal.close()
+        if isinstance(error, FormatError) or (error is not None and not self.finished):
+            shutil.rmtree(self.root, ignore_errors=True)
+        os.close(self._lock)
+
+
+def check_free(target: Path) -> None:
+    """Raise TargetError unless `target` does not exist or is an empty directory."""
+    if os.path.lexists(target) and not (target.is_dir() and not any(target.iterdir())):
+        raise TargetError(f"{target} exists already. Delete it or choose another name.")
+
+
+def sync_directory(path: Path) -> None:
+    """Make the names in a directory durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _make(root: Path) -> bool:
+    """Create the directory; return whether it holds nothing that an earlier run left."""
+    root.parent.mkdir(parents=True, exist_ok=True)
+    root.mkdir(exist_ok=True)
+    return not any(root.iterdir())
+
+
+def _lock(root: Path) -> int:
+    descriptor = os.open(root, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.stat(root).st_ino == os.fstat(descriptor).st_ino:
+            return descriptor
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    os.close(descriptor)
+    raise TargetError(f"Another converter is writing {root}. Wait for it, or choose another DST.")
+
+
+def _read_journal(path: Path) -> list[dict[str, Any]]:
+    """The journal's lines, up to one that a crash cut short."""
+    lines = []
+    if path.exists():
+        for text in path.read_text().splitlines():
+            try:
+                lines.append(json.loads(text))
+            except json.JSONDecodeError:
+                break
+    return lines
