@@ -20,7 +20,13 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from vllm_bmos import ops
 from vllm_bmos.checkpoint import QUANT_METHOD, BinaryMosConfig, Checkpoint, FormatError
-from vllm_bmos.checkpoint.format import packed_width
+from vllm_bmos.checkpoint.format import (
+    IN_SCALE,
+    OUT_SCALE,
+    ROUTER,
+    WEIGHT,
+    packed_width,
+)
 
 __all__ = ["BinaryMosHfConfig", "BinaryMosLinear", "BinaryMosQuantizer"]
 
@@ -36,17 +42,19 @@ class BinaryMosLinear(nn.Module):
         bias: whether there is a bias [N], in the model's dtype.
     """
 
+    weight_packed: torch.Tensor
+    in_channel_scale: torch.Tensor
+    out_channel_scale: torch.Tensor
+    router_weight: torch.Tensor
+
     def __init__(self, K: int, N: int, E: int, scale_dtype: torch.dtype, bias: bool) -> None:
         super().__init__()
         self.in_features, self.out_features = K, N
 
-        def buffer(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-            return torch.zeros(shape, dtype=dtype)
-
-        self.register_buffer("weight_packed", buffer(N, packed_width(K), dtype=torch.uint8))
-        self.register_buffer("in_channel_scale", buffer(E, K, dtype=scale_dtype))
-        self.register_buffer("out_channel_scale", buffer(E, N, dtype=scale_dtype))
-        self.register_buffer("router_weight", buffer(E, K, dtype=scale_dtype))
+        self.register_buffer(WEIGHT, torch.zeros(N, packed_width(K), dtype=torch.uint8))
+        self.register_buffer(IN_SCALE, torch.zeros(E, K, dtype=scale_dtype))
+        self.register_buffer(OUT_SCALE, torch.zeros(E, N, dtype=scale_dtype))
+        self.register_buffer(ROUTER, torch.zeros(E, K, dtype=scale_dtype))
         self.bias = nn.Parameter(torch.zeros(N)) if bias else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,8 @@ vLLM calls it in every process it starts, more than once at times, and only logs
 it is idempotent, cheap, and turns an unsupported vLLM into an error that a user reads.
 """
 
+import logging
+
 from vllm_bmos.checkpoint.format import QUANT_METHOD
 
 
@@ -16,6 +18,11 @@ def register() -> None:
 
     if QUANT_METHOD in QUANTIZATION_METHODS:
         return
+
+    # vLLM configures its own logger only; which kernel runs is said where its users look.
+    logger, vllm_logger = logging.getLogger("vllm_bmos"), logging.getLogger("vllm")
+    logger.handlers, logger.propagate = vllm_logger.handlers, False
+    logger.setLevel(vllm_logger.level)
 
     from vllm_bmos.plugin.versions import refusing_config, unsupported_vllm
 

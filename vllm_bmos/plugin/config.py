@@ -1,6 +1,5 @@
 """The quantization config that vLLM builds from a checkpoint, and which layers it claims."""
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -97,9 +96,7 @@ class BinaryMosVllmConfig(QuantizationConfig):
                 renamed[new_name] = name
         self.modules = renamed
 
-    def get_quant_method(
-        self, layer: torch.nn.Module, prefix: str
-    ) -> QuantizeMethodBase | None:
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """The method for one layer of the model.
 
         Raises:
@@ -152,8 +149,7 @@ class BinaryMosVllmConfig(QuantizationConfig):
         vllm_config = get_current_vllm_config_or_none()
         if vllm_config is None:
             return
-        load_format = str(getattr(vllm_config.load_config.load_format, "value", "auto"))
-        load_format = str(vllm_config.load_config.load_format) or load_format
+        load_format = vllm_config.load_config.load_format
         if load_format not in CHECKPOINT_LOAD_FORMATS:
             logger.info_once(
                 "BinaryMoS: load format %s reads no checkpoint; its inventory is not checked.",
@@ -184,9 +180,3 @@ class BinaryMosVllmConfig(QuantizationConfig):
                 "Serve the checkpoint with its own."
             )
         self.biases = {name: f"{name}.{BIAS}" in checkpoint.specs for name in self.config.modules}
-
-
-def quantized_names(modules: Iterable[str]) -> str:
-    """A short list of module names for a message."""
-    names = list(modules)
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

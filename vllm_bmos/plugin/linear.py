@@ -13,6 +13,7 @@ import torch
 from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
+    LinearBase,
     LinearMethodBase,
     QKVParallelLinear,
     RowParallelLinear,
@@ -58,7 +59,7 @@ class BinaryMosLinearMethod(LinearMethodBase):
 
     def create_weights(
         self,
-        layer: torch.nn.Module,
+        layer: LinearBase,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
@@ -102,7 +103,7 @@ class BinaryMosLinearMethod(LinearMethodBase):
             parameter.weight_loader = self.loader.weight_loader  # type: ignore[attr-defined]
             layer.register_parameter(name, parameter)
 
-    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+    def process_weights_after_loading(self, layer: LinearBase) -> None:
         """Check that everything arrived, then re-lay the tensors for the chosen kernel.
 
         Raises:
@@ -126,7 +127,7 @@ class BinaryMosLinearMethod(LinearMethodBase):
         replace_parameter(layer, ROUTER, tensors.router_weight)
 
     def apply(
-        self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
+        self, layer: LinearBase, x: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
         """y[..., N] of x[..., K] on this rank."""
         config = self.layer_config
@@ -150,8 +151,8 @@ class BinaryMosLinearMethod(LinearMethodBase):
         )
         return y.view(*x.shape[:-1], config.N)
 
-    def _check_bias(self, layer: torch.nn.Module) -> None:
-        """vLLM leaves an absent bias uninitialised and skips an unexpected one, both silently."""
+    def _check_bias(self, layer: LinearBase) -> None:
+        """Refuse a bias that vLLM would leave uninitialised, or drop, without a word."""
         assert self.biases is not None
         wants = getattr(layer, BIAS, None) is not None
         for name, has in zip(self.names, self.biases, strict=True):
@@ -167,7 +168,7 @@ class BinaryMosLinearMethod(LinearMethodBase):
                 )
 
 
-def output_slices(layer: torch.nn.Module, sizes: list[int]) -> list[Slice]:
+def output_slices(layer: LinearBase, sizes: list[int]) -> list[Slice]:
     """This rank's part of N of each logical shard of a vLLM layer.
 
     Args:

@@ -46,7 +46,11 @@ class LayerLoader:
     """
 
     def __init__(
-        self, names: list[str], inputs: Slice, outputs: list[Slice], num_experts: int,
+        self,
+        names: list[str],
+        inputs: Slice,
+        outputs: list[Slice],
+        num_experts: int,
         scale_dtype: str,
     ) -> None:
         self.names = names

@@ -1,0 +1,125 @@
+"""The engine's answers beside those of transformers with the reference op."""
+
+import gc
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PROMPTS = [[5, 17, 301, 44, 9, 250, 77], [400, 3, 3, 90, 12], [7] * 40, [11]]
+NEW_TOKENS = 24
+
+
+@dataclass
+class Answer:
+    """Greedy tokens of one prompt and the log-probability of each."""
+
+    tokens: list[int]
+    logprobs: list[float]
+
+
+def vllm_answers(path: Path, dtype: str, **options: Any) -> list[Answer]:
+    """Run the prompts as one batch through vLLM in this process, and free the engine."""
+    from vllm import LLM, SamplingParams
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    llm = LLM(
+        str(path),
+        skip_tokenizer_init=True,
+        dtype=dtype,
+        max_model_len=128,
+        **{"enforce_eager": True, **options},
+    )
+    try:
+        outputs = llm.generate(
+            [{"prompt_token_ids": prompt} for prompt in PROMPTS],
+            SamplingParams(
+                temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, logprobs=0, detokenize=False
+            ),
+            use_tqdm=False,
+        )
+    finally:
+        del llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
+    return [answer_of(output.outputs[0]) for output in outputs]
+
+
+def answer_of(completion: Any) -> Answer:
+    """The tokens and their log-probabilities of a vLLM completion."""
+    tokens = list(completion.token_ids)
+    logprobs = [
+        step[token].logprob for step, token in zip(completion.logprobs, tokens, strict=True)
+    ]
+    return Answer(tokens, logprobs)
+
+
+def reference_answers(
+    path: Path, dtype: torch.dtype, answers: list[Answer] | None = None
+) -> list[Answer]:
+    """Greedy answers of transformers, or its log-probabilities of given ones (teacher forced)."""
+    from transformers import AutoModelForCausalLM
+
+    import vllm_bmos.integrations.transformers  # noqa: F401 (registers the quantizer)
+
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="eager")
+    results = []
+    for i, prompt in enumerate(PROMPTS):
+        tokens = list(prompt)
+        forced = answers[i].tokens if answers else [None] * NEW_TOKENS
+        logprobs = []
+        for token in forced:
+            with torch.inference_mode():
+                logits = model(torch.tensor([tokens])).logits[0, -1].float()
+            chosen = int(logits.argmax()) if token is None else token
+            logprobs.append(float(logits.log_softmax(-1)[chosen]))
+            tokens.append(chosen)
+        results.append(Answer(tokens[len(prompt) :], logprobs))
+    return results
+
+
+def assert_varied(answers: list[Answer]) -> None:
+    """A model that repeats one token with probability 1 passes any comparison: refuse it."""
+    tokens = [token for answer in answers for token in answer.tokens]
+    logprobs = [p for answer in answers for p in answer.logprobs]
+    assert len(set(tokens)) >= len(tokens) // 5, f"{len(set(tokens))} distinct of {len(tokens)}"
+    assert sorted(logprobs)[len(logprobs) // 2] < -0.2, "the model is saturated"
+
+
+def assert_same(found: list[Answer], expected: list[Answer], tolerance: float) -> None:
+    """Equal tokens and close log-probabilities."""
+    for one, other in zip(found, expected, strict=True):
+        assert one.tokens == other.tokens
+        torch.testing.assert_close(
+            torch.tensor(one.logprobs), torch.tensor(other.logprobs), atol=tolerance, rtol=0
+        )
+
+
+def subprocess_answers(
+    path: Path, dtype: str, env: dict[str, str], **options: Any
+) -> tuple[list[Answer], str]:
+    """`vllm_answers` in a fresh process with its own environment; also what it logged."""
+    done = run_engine(path, dtype, env, **options)
+    assert done.returncode == 0, done.stderr[-4000:]
+    answers = [Answer(**fields) for fields in json.loads(done.stdout.splitlines()[-1])]
+    return answers, done.stdout + done.stderr
+
+
+def run_engine(
+    path: Path, dtype: str, env: dict[str, str], **options: Any
+) -> "subprocess.CompletedProcess[str]":
+    """Run tests.engine.run_engine and return what it printed, whether or not it succeeded."""
+    arguments = json.dumps({"path": str(path), "dtype": dtype, **options})
+    return subprocess.run(
+        [sys.executable, "-m", "tests.engine.run_engine", arguments],
+        env={**os.environ, **env},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )

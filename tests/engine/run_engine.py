@@ -1,0 +1,18 @@
+"""Runs the comparison prompts through vLLM in a process of its own: compiled, or on several ranks.
+
+usage: python -m tests.engine.run_engine '{"path": ..., "dtype": ..., OPTION: ...}'
+
+Prints the answers as JSON on the last line of stdout.
+"""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+from tests.engine.compare import vllm_answers
+
+if __name__ == "__main__":
+    options = json.loads(sys.argv[1])
+    answers = vllm_answers(Path(options.pop("path")), options.pop("dtype"), **options)
+    print(json.dumps([dataclasses.asdict(answer) for answer in answers]))

@@ -1,0 +1,151 @@
+"""Tiny random packed models of every architecture that the engine tests serve.
+
+The writer here is independent of the project's own: it follows docs/FORMAT.md with numpy and
+safetensors alone, so that a mistake in one of them shows.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    Phi3Config,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+VOCAB = 512
+# Head size 32 is the smallest that vLLM's CPU attention runs.
+SHAPE = {
+    "vocab_size": VOCAB,
+    "hidden_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+GQA = {**SHAPE, "intermediate_size": 160, "num_key_value_heads": 2, "tie_word_embeddings": False}
+HEADS = {**GQA, "head_dim": 32}
+
+CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
+    "llama": lambda: LlamaConfig(**GQA),
+    "llama-tied": lambda: LlamaConfig(**{**GQA, "tie_word_embeddings": True}),
+    "llama-mqa": lambda: LlamaConfig(**{**GQA, "num_key_value_heads": 1}),
+    "mistral": lambda: MistralConfig(**HEADS, sliding_window=None),
+    "qwen2": lambda: Qwen2Config(**GQA),
+    "qwen3": lambda: Qwen3Config(**HEADS),
+    "phi3": lambda: Phi3Config(**GQA),
+    "gemma": lambda: GemmaConfig(**{**HEADS, "tie_word_embeddings": True}),
+    "gemma2": lambda: Gemma2Config(**{**HEADS, "tie_word_embeddings": True}, sliding_window=64),
+    "gemma3": lambda: Gemma3TextConfig(
+        **{**HEADS, "tie_word_embeddings": True},
+        sliding_window=64,
+        layer_types=["sliding_attention", "full_attention"],
+    ),
+    "opt": lambda: OPTConfig(**SHAPE, ffn_dim=160, word_embed_proj_dim=128),
+    "opt-350m": lambda: OPTConfig(
+        **SHAPE, ffn_dim=160, word_embed_proj_dim=64, do_layer_norm_before=False
+    ),
+}
+
+
+def random_model(arch: str, seed: int = 0) -> PreTrainedModel:
+    """A dense fp32 model whose greedy continuations vary: tests assert that they do."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(CONFIGS[arch](), dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1:
+                # Biases and norms of an untrained model are zeros and ones, which hide mistakes.
+                parameter.add_(0.2 * torch.randn_like(parameter))
+                if arch in ("gemma2", "gemma3") and "post_" in name:
+                    # These norms scale what a layer adds; at 1 the (tied, scaled) embedding
+                    # drowns it and the model repeats its input.
+                    parameter.add_(25)
+            elif "embed" in name or "lm_head" in name:
+                parameter.mul_(12)
+    return model.eval()
+
+
+def linear_names(model: PreTrainedModel) -> list[str]:
+    """Every linear layer of the decoder; not the output embeddings, which stay dense."""
+    head = model.get_output_embeddings()
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not head
+    ]
+
+
+def make_packed(
+    arch: str,
+    path: Path,
+    E: int = 4,
+    scale_dtype: torch.dtype = torch.float16,
+    seed: int = 0,
+) -> Path:
+    """Write a packed checkpoint with random signs, distinct experts and live routers."""
+    model = random_model(arch, seed)
+    # transformers decides how the model's own tensors are named on disk.
+    model.save_pretrained(path)
+    tensors = load_file(path / "model.safetensors")
+    modules = linear_names(model)
+    for name in modules:
+        N, K = tensors.pop(f"{name}.weight").shape
+        signs = np.random.default_rng([seed, len(name), N, K]).integers(0, 2, (N, K), np.uint8)
+        tensors[f"{name}.weight_packed"] = torch.from_numpy(
+            np.packbits(signs, axis=1, bitorder="little")
+        )
+        tensors[f"{name}.in_channel_scale"] = (torch.rand(E, K) + 0.5).to(scale_dtype)
+        gain = 3 / K**0.5
+        tensors[f"{name}.out_channel_scale"] = (gain * (torch.rand(E, N) + 0.5)).to(scale_dtype)
+        tensors[f"{name}.router_weight"] = (torch.randn(E, K) / K**0.5).to(scale_dtype)
+    write_packed(path, tensors, modules, E, scale_dtype)
+    return path
+
+
+def write_packed(
+    path: Path,
+    tensors: dict[str, torch.Tensor],
+    modules: list[str],
+    E: int,
+    scale_dtype: torch.dtype,
+) -> None:
+    """Write tensors, config.json's quantization_config and the manifest."""
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((path / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "binarymos",
+        "format_version": 1,
+        "num_experts": E,
+        "modules": modules,
+        "scale_dtype": str(scale_dtype).removeprefix("torch."),
+    }
+    (path / "config.json").write_text(json.dumps(config))
+    names = {torch.uint8: "U8", torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
+    manifest = {
+        name: {
+            "dtype": names[tensor.dtype],
+            "shape": list(tensor.shape),
+            "sha256": hashlib.sha256(tensor.view(torch.uint8).numpy().tobytes()).hexdigest(),
+        }
+        for name, tensor in tensors.items()
+    }
+    (path / "bmos_manifest.json").write_text(json.dumps({"format_version": 1, "tensors": manifest}))
