@@ -107,6 +107,7 @@ def make_plan(path: Path, options: Options) -> Plan:
         modules=tuple(source.modules),
         scale_dtype=source.scale_dtype,
         ignore=options.ignore,
+        output_norm=source.output_norm,
         provenance={
             "tool": f"vllm-bmos {vllm_bmos.__version__}",
             "source": source.kind,

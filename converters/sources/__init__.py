@@ -7,6 +7,7 @@ from converters.sources.base import Source
 from converters.sources.dense import DenseSource
 from converters.sources.gguf import GgufSource
 from converters.sources.official import OfficialSource
+from converters.sources.onebit import OneBitSource
 from converters.sources.store import open_directory
 from vllm_bmos.checkpoint.format import CONFIG_FILE, QUANT_METHOD, FormatError
 from vllm_bmos.checkpoint.reader import inside, read_json
@@ -37,6 +38,8 @@ def open_source(path: Path, options: Options) -> Source:
             "model that it was made from."
         )
     store = open_directory(path)
+    if OneBitSource.recognises(store):
+        return OneBitSource(path, options, config, store)
     if OfficialSource.recognises(store):
         return OfficialSource(path, options, config, store)
     return DenseSource(path, options, config, store)

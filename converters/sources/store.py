@@ -7,6 +7,7 @@ from typing import Protocol
 
 import torch
 
+from converters.sources.torch_bin import BIN_INDEX, BIN_SINGLE, read_bin_directory
 from vllm_bmos.checkpoint.container import CHUNK_BYTES, Extent, read_chunks, read_tensor, spec_bytes
 from vllm_bmos.checkpoint.format import INDEX_FILE, SINGLE_FILE, FormatError, TensorSpec
 from vllm_bmos.checkpoint.reader import read_headers
@@ -58,15 +59,18 @@ class FileStore:
 
 
 def open_directory(path: Path) -> FileStore:
-    """The tensors of a model directory: safetensors, in one file or sharded.
+    """The tensors of a model directory: safetensors or `.bin`, in one file or sharded.
 
     Raises:
         FormatError: if there are none, or if a header or the index is wrong.
     """
     if (path / INDEX_FILE).exists() or (path / SINGLE_FILE).exists():
         extents = read_headers(path)
+    elif (path / BIN_INDEX).exists() or (path / BIN_SINGLE).exists():
+        extents = read_bin_directory(path)
     else:
-        raise FormatError(f"{path} holds neither {SINGLE_FILE} nor {INDEX_FILE}.")
+        names = ", ".join((SINGLE_FILE, INDEX_FILE, BIN_SINGLE, BIN_INDEX))
+        raise FormatError(f"{path} holds no weights: none of {names}. Download the model again.")
     for name, extent in extents.items():
         if math.prod(extent.spec.shape) == 0:
             raise FormatError(f"{name}: {extent.spec} is empty. The source is damaged.")

@@ -33,6 +33,7 @@ SCALES = (IN_SCALE, OUT_SCALE, ROUTER)
 # The names safetensors gives to dtypes, as far as a language model's checkpoint uses them.
 TORCH_DTYPES = {
     "U8": torch.uint8,
+    "I8": torch.int8,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
     "F32": torch.float32,
@@ -40,6 +41,8 @@ TORCH_DTYPES = {
 SAFETENSORS_DTYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 SCALE_DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 MAX_EXPERTS = 256
+LAYER_NORM = "layer_norm"  # the one output_norm there is; its epsilon is LAYER_NORM_EPS
+LAYER_NORM_EPS = 1e-5
 
 
 class FormatError(ValueError):
@@ -82,6 +85,8 @@ class BinaryMosConfig:
         scale_dtype: dtype of every scale and router weight: float16, bfloat16 or float32.
         provenance: free-form record of where the model came from (source, stage, tool_version).
         ignore: the patterns of linear layers that the user asked to leave alone.
+        output_norm: "layer_norm" if every layer ends in a LayerNorm over its N outputs, without
+            parameters and before the bias, as OneBit's do; else None.
     """
 
     num_experts: int
@@ -89,6 +94,7 @@ class BinaryMosConfig:
     scale_dtype: str = "float16"
     provenance: dict[str, Any] = field(default_factory=dict)
     ignore: tuple[str, ...] = ()
+    output_norm: str | None = None
     format_version: int = FORMAT_VERSION
     quant_method: str = QUANT_METHOD
 
@@ -113,6 +119,11 @@ class BinaryMosConfig:
             raise FormatError(
                 f"quantization_config.scale_dtype: expected one of {sorted(SCALE_DTYPES)}, found "
                 f"{self.scale_dtype!r}. Convert the model again."
+            )
+        if self.output_norm not in (None, LAYER_NORM):
+            raise FormatError(
+                f"quantization_config.output_norm: expected {LAYER_NORM!r} or null, found "
+                f"{self.output_norm!r}. Convert the model again."
             )
         _check_modules(self.modules)
 

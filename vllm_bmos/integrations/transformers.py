@@ -27,6 +27,7 @@ from vllm_bmos.checkpoint.format import (
     WEIGHT,
     packed_width,
 )
+from vllm_bmos.output_norm import output_layer_norm
 
 __all__ = ["BinaryMosHfConfig", "BinaryMosLinear", "BinaryMosQuantizer"]
 
@@ -40,6 +41,7 @@ class BinaryMosLinear(nn.Module):
         E: scaling experts.
         scale_dtype: dtype of scales and router weights; they stay in it whatever the model's is.
         bias: whether there is a bias [N], in the model's dtype.
+        output_norm: whether the layer ends in OneBit's LayerNorm.
     """
 
     weight_packed: torch.Tensor
@@ -47,8 +49,17 @@ class BinaryMosLinear(nn.Module):
     out_channel_scale: torch.Tensor
     router_weight: torch.Tensor
 
-    def __init__(self, K: int, N: int, E: int, scale_dtype: torch.dtype, bias: bool) -> None:
+    def __init__(
+        self,
+        K: int,
+        N: int,
+        E: int,
+        scale_dtype: torch.dtype,
+        bias: bool,
+        output_norm: bool = False,
+    ) -> None:
         super().__init__()
+        self.output_norm = output_norm
         self.in_features, self.out_features = K, N
 
         self.register_buffer(WEIGHT, torch.zeros(N, packed_width(K), dtype=torch.uint8))
@@ -66,10 +77,12 @@ class BinaryMosLinear(nn.Module):
             self.in_channel_scale.unsqueeze(0),
             self.out_channel_scale,
             self.router_weight.unsqueeze(0),
-            self.bias,
+            None if self.output_norm else self.bias,
             [self.out_features],
             "reference",
         )
+        if self.output_norm:
+            y = output_layer_norm(y, self.bias, [self.out_features])
         return y.view(*x.shape[:-1], self.out_features)
 
 
@@ -115,6 +128,7 @@ class BinaryMosQuantizer(HfQuantizer):
                 config.num_experts,
                 scale_dtype,
                 linear.bias is not None,
+                config.output_norm is not None,
             )
             model.set_submodule(name, packed.to(linear.weight.device))
         return model

@@ -33,6 +33,7 @@ from vllm_bmos.checkpoint.format import (
     packed_width,
 )
 from vllm_bmos.kernels import Kernel, LinearConfig, LinearTensors, choose_kernel
+from vllm_bmos.output_norm import output_layer_norm
 from vllm_bmos.plugin.loader import LayerLoader, Slice
 
 
@@ -74,6 +75,11 @@ class BinaryMosLinearMethod(LinearMethodBase):
         """
         E, K = self.config.num_experts, input_size_per_partition
         scale_dtype = getattr(torch, self.config.scale_dtype)
+        if self.config.output_norm and layer.tp_size > 1:
+            raise ValueError(
+                f"{self.names[0]}: layers with output_norm need all their outputs on one rank. Use "
+                "--tensor-parallel-size 1."
+            )
         split_K = isinstance(layer, RowParallelLinear) and layer.tp_size > 1
         if split_K and K % 8:
             check_split(self.names[0], input_size, layer.tp_size)
@@ -145,10 +151,12 @@ class BinaryMosLinearMethod(LinearMethodBase):
             layer.in_channel_scale,
             layer.out_channel_scale,
             layer.router_weight,
-            bias,
+            None if self.config.output_norm else bias,
             config.shard_sizes,
             self.kernel.name,
         )
+        if self.config.output_norm:
+            y = output_layer_norm(y, bias, config.shard_sizes)
         return y.view(*x.shape[:-1], config.N)
 
     def _check_bias(self, layer: LinearBase) -> None:
