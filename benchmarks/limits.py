@@ -1,0 +1,73 @@
+"""What this machine can do at most, measured in the same run as what is compared with it."""
+
+import mmap
+import time
+from collections.abc import Callable
+
+import torch
+
+READ_BYTES = 2**30
+MATRIX = 4096
+REPEATS = 5
+
+
+def measure_limits(device: str) -> dict[str, float]:
+    """Memory read rate in GB/s and arithmetic rates in GFLOP/s (GOP/s for int8).
+
+    The read rate is the better of a sum and a dot product over 1 GiB; an arithmetic rate is that of
+    the vendor library's square matrix product of size 4096, so neither is a data-sheet figure.
+    """
+    return {"read_gbs": _read_rate(device), **_arithmetic_rates(device)}
+
+
+def _read_rate(device: str) -> float:
+    if device == "cpu":
+        # Huge pages, so that the limit is the memory's and not the TLB's.
+        memory = mmap.mmap(-1, READ_BYTES)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        values = torch.frombuffer(memory, dtype=torch.float32)
+        values.fill_(1.0)
+    else:
+        values = torch.ones(READ_BYTES // 4, dtype=torch.float32, device=device)
+    half = values.numel() // 2
+    seconds = min(
+        _median_seconds(lambda: values.sum(), device),
+        _median_seconds(lambda: torch.dot(values[:half], values[half:]), device),
+    )
+    return round(READ_BYTES / seconds / 1e9, 1)
+
+
+def _arithmetic_rates(device: str) -> dict[str, float]:
+    a = torch.randn(MATRIX // 2, MATRIX, device=device)
+    b = torch.randn(MATRIX, MATRIX, device=device)
+    a8 = torch.randint(-127, 128, a.shape, dtype=torch.int8, device=device)
+    b8 = torch.randint(-127, 128, b.shape, dtype=torch.int8, device=device)
+    half = torch.bfloat16
+    a16, b16 = a.to(half), b.to(half)
+    products: dict[str, Callable[[], torch.Tensor]] = {
+        "fp32_gflops": lambda: a @ b.T,
+        "bf16_gflops": lambda: a16 @ b16.T,
+        "int8_gops": lambda: torch._int_mm(a8, b8.T),
+    }
+    operations = 2 * a.numel() * MATRIX
+    return {
+        name: round(operations / _median_seconds(product, device) / 1e9, 1)
+        for name, product in products.items()
+    }
+
+
+def _median_seconds(call: Callable[[], torch.Tensor], device: str) -> float:
+    def finish() -> None:
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    call()
+    finish()
+    times = []
+    for _ in range(REPEATS):
+        begin = time.perf_counter()
+        call()
+        finish()
+        times.append(time.perf_counter() - begin)
+    return sorted(times)[REPEATS // 2]

@@ -1,0 +1,156 @@
+"""Timing: one call at a time on a CPU, CUDA events around graph replays on a GPU.
+
+A ring is a list of calls that do the same work on different copies of the weights. Going round a
+ring that is larger than the caches reads the weights from memory, as a real model does ("cold");
+a ring of one copy keeps them in the caches ("hot").
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Hashable, Mapping
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import torch
+
+Key = TypeVar("Key", bound=Hashable)
+SETTLE_SECONDS = 0.002  # lets the spinning threads of another provider's OpenMP pool go to sleep
+
+
+@dataclass(frozen=True)
+class Ring:
+    """Calls that do the same work on different copies of the weights.
+
+    Attributes:
+        calls: each does the work once on its copy.
+        products: products that one call does (a ggml graph holds several); times are per product.
+        output: y[M, N] from what a call returned; the returned value itself if not given.
+        thread: runs the calls if given, for libraries that keep state in each of their threads.
+    """
+
+    calls: list[Callable[[], Any]]
+    products: int = 1
+    output: Callable[[Any], torch.Tensor] = lambda returned: returned
+    thread: Executor | None = None
+
+    def result(self, index: int) -> torch.Tensor:
+        """y[M, N] of one call."""
+        call = self.calls[index]
+        return self.output(self.thread.submit(call).result() if self.thread else call())
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Times of one product in microseconds."""
+
+    median_us: float
+    p10_us: float
+    p90_us: float
+    samples: int
+
+
+def summarize(samples: list[float]) -> Summary:
+    """Median, p10 and p90 of at least one sample."""
+    ordered = sorted(samples)
+
+    def quantile(q: float) -> float:
+        return ordered[round(q * (len(ordered) - 1))]
+
+    return Summary(
+        median_us=round(statistics.median(ordered), 2),
+        p10_us=round(quantile(0.1), 2),
+        p90_us=round(quantile(0.9), 2),
+        samples=len(ordered),
+    )
+
+
+class Timer(Protocol):
+    """Turns a ring into a function that times one round of it."""
+
+    def sampler(self, ring: Ring) -> Callable[[], list[float]]:
+        """A function that runs some calls of the ring and returns microseconds per product."""
+
+
+class CpuTimer:
+    """Wall-clock time of each call, Python dispatch included, going on round the ring.
+
+    Args:
+        round_seconds: about how long one round may last; it has at least one timed call.
+        max_calls: timed calls in a round at most.
+    """
+
+    def __init__(self, round_seconds: float = 0.02, max_calls: int = 20) -> None:
+        self.round_seconds = round_seconds
+        self.max_calls = max_calls
+
+    def sampler(self, ring: Ring) -> Callable[[], list[float]]:
+        """See `Timer`."""
+        position = 0
+
+        def run_next() -> float:
+            nonlocal position
+            call = ring.calls[position % len(ring.calls)]
+            position += 1
+            begin = time.perf_counter_ns()
+            call()
+            return (time.perf_counter_ns() - begin) / 1e3 / ring.products
+
+        def sample() -> list[float]:
+            time.sleep(SETTLE_SECONDS)
+            # The untimed call wakes the thread pool and tells how many calls fit into the round.
+            expected = run_next() * ring.products / 1e6
+            calls = max(1, min(self.max_calls, int(self.round_seconds / expected)))
+            return [run_next() for _ in range(calls)]
+
+        thread = ring.thread
+        return sample if thread is None else lambda: thread.submit(sample).result()
+
+
+class CudaTimer:
+    """CUDA events around replays of a graph that holds the whole ring: no launch gaps.
+
+    Args:
+        replays: timed replays in a round.
+    """
+
+    def __init__(self, replays: int = 5) -> None:
+        self.replays = replays
+
+    def sampler(self, ring: Ring) -> Callable[[], list[float]]:
+        """See `Timer`."""
+        # A warm-up on a side stream compiles and allocates: a capture may do neither.
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            for call in ring.calls:
+                call()
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for call in ring.calls:
+                call()
+        products = len(ring.calls) * ring.products
+
+        def sample() -> list[float]:
+            graph.replay()
+            samples = []
+            for _ in range(self.replays):
+                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                begin.record()
+                graph.replay()
+                end.record()
+                end.synchronize()
+                samples.append(begin.elapsed_time(end) * 1e3 / products)
+            return samples
+
+        return sample
+
+
+def time_interleaved(rings: Mapping[Key, Ring], timer: Timer, rounds: int) -> dict[Key, Summary]:
+    """Time every ring, a round of each in turn, so that noise of the machine meets all alike."""
+    samplers = {key: timer.sampler(ring) for key, ring in rings.items()}
+    samples: dict[Key, list[float]] = {key: [] for key in rings}
+    for _ in range(rounds):
+        for key, sampler in samplers.items():
+            samples[key] += sampler()
+    return {key: summarize(taken) for key, taken in samples.items()}
