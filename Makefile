@@ -29,10 +29,10 @@ $(STAMP): pyproject.toml $(wildcard requirements/*.txt) packaging/vllm/pyproject
 	@touch $@
 
 demo: setup
-	@$(BIN)/python examples/demo.py
+	@$(BIN)/python -m examples.demo
 
 serve: setup
-	@$(BIN)/python examples/demo.py --keep-serving
+	@$(BIN)/python -m examples.demo --keep-serving
 
 test: setup
 	$(BIN)/python -m pytest

@@ -19,10 +19,8 @@ def register() -> None:
     if QUANT_METHOD in QUANTIZATION_METHODS:
         return
 
-    # vLLM configures its own logger only; which kernel runs is said where its users look.
-    logger, vllm_logger = logging.getLogger("vllm_bmos"), logging.getLogger("vllm")
-    logger.handlers, logger.propagate = vllm_logger.handlers, False
-    logger.setLevel(vllm_logger.level)
+    # vLLM configures the handlers and level of its own logger only, and may do so again later.
+    logging.getLogger("vllm_bmos").parent = logging.getLogger("vllm")
 
     from vllm_bmos.plugin.versions import refusing_config, unsupported_vllm
 

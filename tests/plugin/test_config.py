@@ -1,0 +1,166 @@
+"""What the plugin claims, and what it refuses before any weight is read."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.models.utils import WeightsMapper
+
+from tests.tiny import make_packed
+from vllm_bmos.checkpoint import BinaryMosConfig, FormatError
+from vllm_bmos.plugin.config import BinaryMosVllmConfig
+from vllm_bmos.plugin.linear import BinaryMosLinearMethod
+from vllm_bmos.plugin.versions import refusing_config, unsupported_vllm
+
+QKV = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_packed("qwen2", tmp_path_factory.mktemp("packed"))
+
+
+def vllm_config(*modules: str) -> BinaryMosVllmConfig:
+    config = BinaryMosVllmConfig(BinaryMosConfig(4, modules))
+    config.packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
+    return config
+
+
+def linear() -> LinearBase:
+    layer = LinearBase.__new__(LinearBase)
+    torch.nn.Module.__init__(layer)
+    return layer
+
+
+def test_a_merged_layer_is_claimed_whole() -> None:
+    config = vllm_config(*QKV)
+    method = config.get_quant_method(linear(), "self_attn.qkv_proj")
+    assert isinstance(method, BinaryMosLinearMethod)
+    assert method.names == QKV
+    assert isinstance(
+        config.get_quant_method(linear(), "self_attn.o_proj"), UnquantizedLinearMethod
+    )
+
+
+def test_a_partly_quantized_merged_layer_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"self_attn.k_proj is not quantized while the rest is"):
+        vllm_config(QKV[0], QKV[2]).get_quant_method(linear(), "self_attn.qkv_proj")
+
+
+def test_quantized_experts_are_refused_by_name() -> None:
+    class RoutedExperts(torch.nn.Module):
+        pass
+
+    config = vllm_config("layers.0.mlp.experts.0.up_proj")
+    message = r"layers.0.mlp.experts.0.up_proj is quantized .* mixture-of-experts layers yet"
+    with pytest.raises(ValueError, match=message):
+        config.get_quant_method(RoutedExperts(), "layers.0.mlp.experts")
+    assert config.get_quant_method(RoutedExperts(), "layers.1.mlp.experts") is None
+
+
+def test_a_quantized_head_is_refused_by_name() -> None:
+    class ParallelLMHead(torch.nn.Module):
+        pass
+
+    with pytest.raises(ValueError, match=r"lm_head is quantized .* ParallelLMHead yet"):
+        vllm_config("lm_head").get_quant_method(ParallelLMHead(), "lm_head")
+
+
+def test_renamed_modules_are_followed() -> None:
+    config = vllm_config("model.decoder.fc1")
+    config.apply_vllm_mapper(WeightsMapper(orig_to_new_prefix={"model.": "language_model.model."}))
+    method = config.get_quant_method(linear(), "language_model.model.decoder.fc1")
+    assert isinstance(method, BinaryMosLinearMethod)
+    assert method.names == ["model.decoder.fc1"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format_version": 2}, "format_version.*reads version 1, found 2"),
+        ({"format_version": None}, "format_version.*found None"),
+        ({"num_experts": 0}, "num_experts.*from 1"),
+        ({"num_experts": "4"}, "num_experts"),
+        ({"scale_dtype": "float64"}, "scale_dtype"),
+        ({"modules": []}, "no quantized layer"),
+        ({"modules": ["a", "a"]}, "lists a twice"),
+        ({"surprise": 1}, "surprise is not defined"),
+    ],
+)
+def test_a_wrong_config_is_refused(change: dict[str, Any], message: str) -> None:
+    config = BinaryMosConfig(4, ("a",)).to_dict() | change
+    with pytest.raises(FormatError, match=message):
+        BinaryMosVllmConfig.from_config(config)
+
+
+def test_versions_outside_the_range_are_refused_when_a_model_asks() -> None:
+    assert unsupported_vllm() is None
+    for version in ("0.28.0", "0.32.0+cpu", "0.32.1rc1"):
+        assert unsupported_vllm(version) is None
+    for version in ("0.27.1", "0.33.0", "1.0.0"):
+        reason = unsupported_vllm(version)
+        assert reason is not None
+        assert f"found vLLM {version}" in reason
+        with pytest.raises(ValueError, match=r"supports vLLM >=0\.28\.0,<0\.33\.0"):
+            refusing_config(reason).from_config({})
+
+
+def read(packed: Path) -> tuple[BinaryMosVllmConfig, dict[str, torch.Tensor]]:
+    config = json.loads((packed / "config.json").read_text())["quantization_config"]
+    return BinaryMosVllmConfig.from_config(config), load_file(packed / "model.safetensors")
+
+
+def damaged(packed: Path, path: Path, tensors: dict[str, torch.Tensor]) -> Path:
+    for file in packed.iterdir():
+        (path / file.name).write_bytes(file.read_bytes())
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    return path
+
+
+def test_a_whole_checkpoint_is_accepted(packed: Path) -> None:
+    config, _ = read(packed)
+    config.maybe_update_config(str(packed))
+    assert config.biases is not None
+    assert config.biases["model.layers.0.self_attn.q_proj"]
+    assert not config.biases["model.layers.0.mlp.up_proj"]
+
+
+def test_any_missing_tensor_is_named(packed: Path, tmp_path: Path) -> None:
+    config, tensors = read(packed)
+    for name in tensors:
+        rest = {other: tensor for other, tensor in tensors.items() if other != name}
+        with pytest.raises(FormatError, match=rf"^{name} "):
+            config.maybe_update_config(str(damaged(packed, tmp_path, rest)))
+
+
+def test_any_changed_dtype_or_shape_is_named(packed: Path, tmp_path: Path) -> None:
+    config, tensors = read(packed)
+    for name, tensor in tensors.items():
+        other = torch.float32 if tensor.dtype == torch.bfloat16 else torch.bfloat16
+        for changed in (tensor.to(other), tensor[:-1].contiguous()):
+            with pytest.raises(FormatError, match=rf"^{name}: "):
+                config.maybe_update_config(
+                    str(damaged(packed, tmp_path, tensors | {name: changed}))
+                )
+
+
+def test_an_added_tensor_is_named(packed: Path, tmp_path: Path) -> None:
+    config, tensors = read(packed)
+    extra = "model.layers.0.mlp.up_proj.bias"
+    with pytest.raises(FormatError, match=rf"^{extra} "):
+        config.maybe_update_config(
+            str(damaged(packed, tmp_path, tensors | {extra: torch.zeros(160)}))
+        )
+
+
+@pytest.mark.parametrize(("wants", "has"), [(True, False), (False, True)])
+def test_a_bias_that_does_not_fit_the_model_is_named(wants: bool, has: bool) -> None:
+    method = BinaryMosLinearMethod(BinaryMosConfig(1, ("fc1",)), ["fc1"], [has])
+    layer = linear()
+    layer.register_parameter("bias", torch.nn.Parameter(torch.zeros(2)) if wants else None)
+    with pytest.raises(FormatError, match=r"^fc1\.bias is"):
+        method._check_bias(layer)
