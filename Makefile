@@ -15,7 +15,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := $(VENV)/.setup-$(BACKEND)
-NATIVE := setup.py $(wildcard csrc/*)
+NATIVE := $(wildcard setup.py csrc/*)
 
 .PHONY: setup demo serve test test-slow check bench clean
 .DELETE_ON_ERROR:
