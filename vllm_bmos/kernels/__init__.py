@@ -5,6 +5,7 @@ import os
 from functools import cache
 
 from vllm_bmos.kernels.base import Kernel, LinearConfig, LinearTensors
+from vllm_bmos.kernels.cpu import CpuKernel
 from vllm_bmos.kernels.dequant import DequantKernel
 from vllm_bmos.kernels.reference import ReferenceKernel
 from vllm_bmos.kernels.triton import TritonKernel
@@ -19,7 +20,7 @@ KERNEL_ENV = "VLLM_BMOS_KERNEL"
 @cache
 def kernels() -> dict[str, Kernel]:
     """Every kernel by name, in the order of preference."""
-    found: list[Kernel] = [TritonKernel(), DequantKernel(), ReferenceKernel()]
+    found: list[Kernel] = [TritonKernel(), CpuKernel(), DequantKernel(), ReferenceKernel()]
     return {kernel.name: kernel for kernel in found}
 
 

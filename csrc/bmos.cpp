@@ -1,0 +1,126 @@
+// The functions of bmos.h: they check what they are given and hand it on.
+
+#include "bmos.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "call.h"
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace bmos {
+namespace {
+
+bool shape_ok(int64_t K, const int64_t* shard_sizes, int64_t S) {
+    return K >= 1 && K <= kMaxK && S >= 1 &&
+           std::all_of(shard_sizes, shard_sizes + S, [](int64_t n) { return n >= 0; });
+}
+
+// Weights are read once per token, from end to end: with large pages the memory's prefetchers
+// are not stopped at the end of every 4 KB.
+void ask_for_large_pages(void* start, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    constexpr uintptr_t page = 2 << 20;
+    const uintptr_t first = (reinterpret_cast<uintptr_t>(start) + page - 1) / page * page;
+    const uintptr_t last = (reinterpret_cast<uintptr_t>(start) + uintptr_t(bytes)) / page * page;
+    // Only a request: where it is refused, small pages serve.
+    if (first < last) (void)madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#else
+    (void)start, (void)bytes;
+#endif
+}
+
+// words[Kpad/16][32] of the rows of one block, of which `rows` exist.
+void pack_block(const uint8_t* bits, int64_t row_bytes, int rows, int64_t columns,
+                uint16_t* words) {
+    for (int64_t column = 0; column < columns; ++column) {
+        const int64_t byte = 2 * column;
+        for (int lane = 0; lane < kBlock; ++lane) {
+            const int row = lane_row(lane);
+            unsigned word = 0;
+            if (row < rows && byte < row_bytes) {
+                word = bits[row * row_bytes + byte];
+                if (byte + 1 < row_bytes) word |= bits[row * row_bytes + byte + 1] << 8;
+            }
+            words[column * kBlock + lane] = uint16_t(word);
+        }
+    }
+}
+
+}  // namespace
+}  // namespace bmos
+
+using namespace bmos;
+
+int64_t bmos_packed_bytes(int64_t K, const int64_t* shard_sizes, int64_t S) {
+    if (!shape_ok(K, shard_sizes, S)) return -1;
+    int64_t blocks = 0;
+    for (int64_t s = 0; s < S; ++s) blocks += blocks_of(shard_sizes[s]);
+    return Header::bytes(S) + blocks * kBlock * ((K + kPad - 1) / kPad * kPad / 8);
+}
+
+int bmos_pack(const uint8_t* bits, int64_t K, const int64_t* shard_sizes, int64_t S, int64_t E,
+              int scale_dtype, int mode, void* packed, int threads) {
+    if (!shape_ok(K, shard_sizes, S) || E < 1) return BMOS_SHAPE;
+    ask_for_large_pages(packed, bmos_packed_bytes(K, shard_sizes, S));
+    auto* h = static_cast<Header*>(packed);
+    h->magic = Header::kMagic;
+    h->scale_dtype = scale_dtype;
+    h->planes = mode;
+    h->K = K;
+    h->E = E;
+    h->S = S;
+    std::memcpy(h->shard_sizes, shard_sizes, S * sizeof(int64_t));
+    const int64_t row_bytes = (K + 7) / 8, Kp = h->K_padded();
+    int64_t blocks = 0;
+    for (int64_t s = 0; s < S; ++s) blocks += blocks_of(shard_sizes[s]);
+    run(threads, [&](const Team& team) {
+        each_shard(*h, team.part(blocks), [&](int64_t s, int64_t first, int64_t last) {
+            auto* words = const_cast<uint16_t*>(h->words_of(s));
+            for (int64_t b = first; b < last; ++b) {
+                const int64_t row = b * kBlock;
+                pack_block(bits + (h->column_of(s) + row) * row_bytes, row_bytes,
+                           int(std::min<int64_t>(kBlock, h->shard_sizes[s] - row)), Kp / 16,
+                           words + b * 2 * Kp);
+            }
+        });
+    });
+    return BMOS_OK;
+}
+
+int bmos_router_logits(const void* x, int x_dtype, int64_t M, int64_t K, const void* router,
+                       int scale_dtype, int64_t rows, float* logits, int threads) {
+    if (K < 1 || M < 0 || rows < 1) return BMOS_SHAPE;
+    if (M == 0) return BMOS_OK;
+    return logits_only(x, x_dtype, M, K, router, scale_dtype, rows, logits, threads)
+               ? BMOS_OK
+               : BMOS_MEMORY;
+}
+
+int bmos_linear(const void* x, int x_dtype, int64_t M, int64_t K, const float* logits,
+                const void* packed, const void* s_in, const void* s_out, const void* router,
+                const void* bias, int bias_dtype, void* y, int64_t N, int threads) {
+    const auto* h = static_cast<const Header*>(packed);
+    if (h->magic != Header::kMagic) return BMOS_NOT_PACKED;
+    if (h->K != K || h->column_of(h->S) != N || M < 0) return BMOS_SHAPE;
+    if (M == 0 || N == 0) return BMOS_OK;
+    const Call call = {kernels(),
+                       *h,
+                       static_cast<const char*>(x),
+                       x_dtype,
+                       M,
+                       N,
+                       logits,
+                       static_cast<const char*>(s_in),
+                       static_cast<const char*>(s_out),
+                       static_cast<const char*>(router),
+                       static_cast<const char*>(bias),
+                       bias_dtype,
+                       static_cast<char*>(y),
+                       threads};
+    const bool few = h->planes != BMOS_EXACT && M <= call.f.max_table_tokens;
+    return (few ? few_tokens(call) : many_tokens(call)) ? BMOS_OK : BMOS_MEMORY;
+}

@@ -1,0 +1,94 @@
+#include "call.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+namespace bmos {
+
+int64_t bytes_of(int dtype) { return dtype == BMOS_F32 ? 4 : 2; }
+int64_t chunks_of(int64_t K) { return (K + kChunk - 1) / kChunk; }
+int chunk_size(int64_t K, int64_t chunk) {
+    return int(std::min<int64_t>(kChunk, K - chunk * kChunk));
+}
+int chunk_padded(int64_t K, int64_t chunk) {
+    return (chunk_size(K, chunk) + kPad - 1) / kPad * kPad;
+}
+
+const char* Call::x_at(int64_t m, int64_t k) const { return x + (m * h.K + k) * bytes_of(x_dtype); }
+char* Call::y_at(int64_t m, int64_t n) const { return y + (m * N + n) * bytes_of(x_dtype); }
+const char* Call::scale_at(const char* scales, int64_t index) const {
+    return scales + index * bytes_of(h.scale_dtype);
+}
+
+void softmax(const float* logits, int64_t chunks, int64_t stride, int64_t E, float* G) {
+    float most = -std::numeric_limits<float>::infinity(), sum = 0.0f;
+    for (int64_t e = 0; e < E; ++e) {
+        G[e] = logits[e];
+        for (int64_t c = 1; c < chunks; ++c) G[e] += logits[c * stride + e];
+        most = std::max(most, G[e]);
+    }
+    for (int64_t e = 0; e < E; ++e) {
+        G[e] = std::exp(G[e] - most);
+        sum += G[e];
+    }
+    for (int64_t e = 0; e < E; ++e) G[e] /= sum;
+}
+
+bool logits_only(const void* x, int x_dtype, int64_t M, int64_t K, const void* router,
+                 int scale_dtype, int64_t rows, float* logits, int threads) {
+    const Kernels& f = kernels();
+    const int64_t row_size = (K + kPad - 1) / kPad * kPad;
+    float* xs = reinterpret_cast<float*>(
+        Scratch::of_this_thread().reserve(threads * kTokens * row_size * sizeof(float)));
+    if (!xs) return false;
+    run(threads, [&](const Team& team) {
+        const Range some = team.part(M, kTokens);
+        float* own = xs + team.thread() * kTokens * row_size;
+        for (int64_t m = some.first; m < some.last; m += kTokens) {
+            const int T = int(std::min<int64_t>(kTokens, some.last - m));
+            for (int t = 0; t < T; ++t) {
+                f.to_float(static_cast<const char*>(x) + (m + t) * K * bytes_of(x_dtype), x_dtype,
+                           int(K), int(row_size), own + t * row_size);
+            }
+            for (int64_t r = 0; r < rows; ++r) {
+                float sums[kTokens];
+                for (int64_t i = 0; i < chunks_of(K); ++i) {
+                    const int64_t k = i * kChunk;
+                    float dots[kTokens];
+                    f.dot(own + k, row_size, T,
+                          static_cast<const char*>(router) + (r * K + k) * bytes_of(scale_dtype),
+                          scale_dtype, chunk_size(K, i), dots);
+                    for (int t = 0; t < T; ++t) sums[t] = i ? sums[t] + dots[t] : dots[t];
+                }
+                for (int t = 0; t < T; ++t) logits[(m + t) * rows + r] = sums[t];
+            }
+        }
+    });
+    return true;
+}
+
+Grid::Grid(int32_t max_bits, int planes) {
+    float most;
+    std::memcpy(&most, &max_bits, sizeof(most));
+    most = std::max(most, 0x1p-90f);  // keeps the inverse finite
+    unit = max_bits < 0x7f800000 ? most / mode_limit(planes) : NAN;
+    inverse = mode_limit(planes) / most;
+}
+
+BlockScales::BlockScales(const Call& call, Arena& arena)
+    : s_out_(arena.take<float>(call.h.E * kBlock)),
+      bias_(call.bias ? arena.take<float>(kBlock) : nullptr) {}
+
+void BlockScales::read(const Call& call, int64_t column, int n) const {
+    for (int64_t e = 0; e < call.h.E; ++e) {
+        call.f.to_float(call.scale_at(call.s_out, e * call.N + column), call.h.scale_dtype, n,
+                        kBlock, s_out_ + e * kBlock);
+    }
+    if (!call.bias) return;
+    call.f.to_float(call.bias + column * bytes_of(call.bias_dtype), call.bias_dtype, n, kBlock,
+                    bias_);
+}
+
+}  // namespace bmos

@@ -1,0 +1,181 @@
+// The layer for many tokens: activations become tiles of signed bytes, one plane of tiles for
+// every eight bits, and the weights of a block of outputs become bytes of 0 and 1 once for all of
+// the tokens whose tiles the second-level cache holds.
+
+#include <algorithm>
+#include <cstring>
+
+#include "call.h"
+
+namespace bmos {
+namespace {
+
+constexpr int64_t kTileBytesInCache = 1 << 20;
+constexpr int64_t kMaxTokens = 256;
+// Tiles whose sums are finished together.
+constexpr int kSumTiles = 8;
+
+// Tokens that are multiplied at once.
+int64_t tokens_at_once(const Call& c) {
+    const int64_t fit = kTileBytesInCache / (c.h.K_padded() * c.h.planes) / kTile * kTile;
+    const int64_t all = (c.M + kTile - 1) / kTile * kTile;
+    return std::min(all, std::clamp<int64_t>(fit, kTile, kMaxTokens));
+}
+
+// What a thread has for itself.
+struct Own {
+    float* x;       // [kTokens, Kp]
+    float* t;       // [kTokens, Kp]
+    float* logits;  // [chunks, kTokens, E], then [kTokens, chunks, E]
+    uint8_t* B;     // [Kp/64, 2, 16, 64]
+    int32_t* sums;  // [kSumTiles, 16, kBlock]
+    char* state;
+    BlockScales scales;
+
+    Own(const Call& c, Arena& arena)
+        : x(arena.take<float>(kTokens * c.h.K_padded())),
+          t(arena.take<float>(kTokens * c.h.K_padded())),
+          logits(arena.take<float>(kTokens * chunks_of(c.h.K) * c.h.E)),
+          B(arena.take<uint8_t>(kBlock * c.h.K_padded())),
+          sums(arena.take<int32_t>(kSumTiles * kTile * kBlock)),
+          state(arena.take<char>(kStateBytes)),
+          scales(c, arena) {}
+};
+
+class ManyTokens {
+public:
+    ManyTokens(const Call& call, Arena& arena)
+        : c(call),
+          h(call.h),
+          Kp(h.K_padded()),
+          tokens(tokens_at_once(call)),
+          A(arena.take<int8_t>(tokens * h.planes * Kp)),
+          plane_sums(arena.take<int32_t>(tokens * h.planes)),
+          units(arena.take<float>(tokens)),
+          G(arena.take<float>(tokens * h.E)) {
+        Arena count;
+        const Own own(c, count);
+        own_bytes = count.used();
+        owned = arena.take<char>(own_bytes * c.threads);
+    }
+
+    void operator()(const Team& team) const {
+        Arena arena(owned + team.thread() * own_bytes);
+        Own own(c, arena);
+        for (int64_t m0 = 0; m0 < c.M; m0 += tokens) {
+            const int64_t M = std::min(tokens, c.M - m0);
+            for (int64_t s = 0; s < h.S; ++s) {
+                const Range some = team.part(M, kTokens);
+                for (int64_t m = some.first; m < some.last; m += kTokens) {
+                    quantize(s, m0, m, int(std::min<int64_t>(kTokens, some.last - m)), own);
+                }
+                if (some.first < some.last && some.last == M) clear_rows(M);
+                team.wait();
+                const Range blocks = team.part(blocks_of(h.shard_sizes[s]));
+                c.f.begin(own.state);
+                for (int64_t b = blocks.first; b < blocks.last; ++b) multiply(s, b, m0, M, own);
+                c.f.end(own.state);
+                team.wait();
+            }
+        }
+    }
+
+private:
+    const Call& c;
+    const Header& h;
+    int64_t Kp, tokens, own_bytes;
+    int8_t* A;            // [tokens/16, planes, Kp/64, 16, 64]
+    int32_t* plane_sums;  // [tokens, planes]
+    float* units;         // [tokens]
+    float* G;             // [tokens, E]
+    char* owned;          // [threads, own_bytes]
+
+    // The first byte of row m in plane 0 of its tile.
+    int8_t* row_of(int64_t m) const {
+        return A + m / kTile * h.planes * kTile * Kp + m % kTile * kPad;
+    }
+
+    // T tokens from m0 + m on become rows of tiles.
+    void quantize(int64_t s, int64_t m0, int64_t m, int T, const Own& own) const {
+        const int64_t chunks = chunks_of(h.K), E = h.E;
+        for (int t = 0; t < T; ++t) {
+            c.f.to_float(c.x_at(m0 + m + t, 0), c.x_dtype, int(h.K), int(Kp), own.x + t * Kp);
+        }
+        for (int64_t e = 0; c.routed() && e < E; ++e) {
+            for (int64_t i = 0; i < chunks; ++i) {
+                const int64_t k = i * kChunk;
+                float dots[kTokens];
+                c.f.dot(own.x + k, Kp, T, c.scale_at(c.router, (s * E + e) * h.K + k),
+                        h.scale_dtype, chunk_size(h.K, i), dots);
+                for (int t = 0; t < T; ++t) own.logits[(t * chunks + i) * E + e] = dots[t];
+            }
+        }
+        for (int t = 0; t < T; ++t) {
+            float* G_row = G + (m + t) * E;
+            if (c.routed()) {
+                softmax(own.logits + t * chunks * E, chunks, E, E, G_row);
+            } else if (c.logits) {
+                softmax(c.logits + ((m0 + m + t) * h.S + s) * E, 1, 0, E, G_row);
+            } else {
+                *G_row = 1.0f;
+            }
+        }
+        int32_t max_bits[kTokens] = {};
+        c.f.mix(own.x, Kp, T, c.scale_at(c.s_in, s * E * h.K), h.K, h.scale_dtype, E, G + m * E,
+                int(h.K), int(Kp), own.t, max_bits);
+        for (int t = 0; t < T; ++t) {
+            const Grid grid(max_bits[t], h.planes);
+            units[m + t] = grid.unit;
+            if (!grid.finite()) std::memset(own.t + t * Kp, 0, Kp * sizeof(float));
+            c.f.digits(own.t + t * Kp, Kp, grid.inverse, h.planes, row_of(m + t), kTile * Kp,
+                       plane_sums + (m + t) * h.planes);
+        }
+    }
+
+    // The rows behind the last token of its tile are multiplied too, where a tile is one operand.
+    void clear_rows(int64_t M) const {
+        for (int64_t m = M; m % kTile; ++m) {
+            for (int64_t row = 0; row < h.planes * Kp / kPad; ++row) {
+                std::memset(row_of(m) + row * kTile * kPad, 0, kPad);
+            }
+        }
+    }
+
+    // Block b of shard s for the M tokens from m0 on.
+    void multiply(int64_t s, int64_t b, int64_t m0, int64_t M, const Own& own) const {
+        const int64_t column = h.column_of(s) + b * kBlock;
+        const int n = int(std::min<int64_t>(kBlock, h.shard_sizes[s] - b * kBlock));
+        c.f.expand(h.words_of(s) + b * 2 * Kp, Kp, own.B);
+        own.scales.read(c, column, n);
+        const int64_t step = kSumTiles / h.planes * kTile;
+        constexpr int64_t tile_sums = kTile * kBlock;
+        for (int64_t first = 0; first < M; first += step) {
+            const int64_t last = std::min(M, first + step);
+            const int64_t tiles = (last - first + kTile - 1) / kTile;
+            c.f.gemm(row_of(first), int(tiles * h.planes),
+                     int(std::min<int64_t>(kTile, last - first)), Kp, own.B, own.sums);
+            for (int64_t m = first; m < last; ++m) {
+                const int64_t row = m - first;
+                const int32_t* sums = own.sums + row / kTile * h.planes * tile_sums +
+                                      row % kTile * kBlock;
+                c.f.finish(sums, tile_sums, h.planes, plane_sums + m * h.planes, units[m],
+                           G + m * h.E, h.E, own.scales.s_out(), own.scales.bias(), n,
+                           c.y_at(m0 + m, column), c.x_dtype);
+            }
+        }
+    }
+};
+
+}  // namespace
+
+bool many_tokens(const Call& call) {
+    Arena count;
+    const ManyTokens counted(call, count);
+    char* memory = Scratch::of_this_thread().reserve(count.used());
+    if (!memory) return false;
+    Arena arena(memory);
+    run(call.threads, ManyTokens(call, arena));
+    return true;
+}
+
+}  // namespace bmos

@@ -1,0 +1,193 @@
+// The functions of kernels.h that work along one row and do not see the weights, in terms of the
+// sixteen lanes of a vec_*.h file, which is included before this one.
+
+#pragma once
+
+#include <string.h>
+
+#include "kernels.h"
+
+namespace {
+
+using bmos::kTokens;
+
+struct F32 {
+    using type = float;
+    static V get(const float* p) { return load(p); }
+};
+struct F16 {
+    using type = uint16_t;
+    static V get(const uint16_t* p) { return load_f16(p); }
+};
+struct BF16 {
+    using type = uint16_t;
+    static V get(const uint16_t* p) { return load_bf16(p); }
+};
+
+// Sixteen numbers, of which only n may be read; the others are zero.
+template <class D>
+inline V get(const typename D::type* p, int64_t n) {
+    if (n >= 16) return D::get(p);
+    typename D::type some[16] = {};
+    if (n > 0) memcpy(some, p, n * sizeof(some[0]));
+    return D::get(some);
+}
+
+#define BMOS_BY_DTYPE(dtype, function, ...)                        \
+    ((dtype) == BMOS_F32   ? function<F32>(__VA_ARGS__)            \
+     : (dtype) == BMOS_F16 ? function<F16>(__VA_ARGS__)            \
+                           : function<BF16>(__VA_ARGS__))
+
+template <class D>
+void to_float_as(const void* from, int n, int padded, float* out) {
+    const auto* p = static_cast<const typename D::type*>(from);
+    for (int i = 0; i < padded; i += 16) store(out + i, get<D>(p + (i < n ? i : 0), n - i));
+}
+
+void to_float(const void* x, int dtype, int n, int padded, float* out) {
+    BMOS_BY_DTYPE(dtype, to_float_as, x, n, padded, out);
+}
+
+template <class D, int T>
+void dot_of(const float* x, int64_t ldx, const typename D::type* r, int n, float* out) {
+    V sums[4][T];
+    for (auto& four : sums) {
+        for (auto& sum : four) sum = set(0.0f);
+    }
+    int i = 0;
+    for (; i + 64 <= n; i += 64) {
+        for (int j = 0; j < 4; ++j) {
+            const V y = D::get(r + i + 16 * j);
+            for (int t = 0; t < T; ++t) {
+                sums[j][t] = fma(load(x + t * ldx + i + 16 * j), y, sums[j][t]);
+            }
+        }
+    }
+    for (int j = 0; j < 4 && i < n; ++j, i += 16) {
+        const V y = get<D>(r + i, n - i);
+        for (int t = 0; t < T; ++t) sums[j][t] = fma(load(x + t * ldx + i), y, sums[j][t]);
+    }
+    for (int t = 0; t < T; ++t) {
+        out[t] = sum_of(add(add(sums[0][t], sums[1][t]), add(sums[2][t], sums[3][t])));
+    }
+}
+
+template <class D>
+void dot_as(const float* x, int64_t ldx, int T, const void* r, int n, float* out) {
+    const auto* row = static_cast<const typename D::type*>(r);
+    if (T == kTokens) return dot_of<D, kTokens>(x, ldx, row, n, out);
+    for (int t = 0; t < T; ++t) dot_of<D, 1>(x + t * ldx, ldx, row, n, out + t);
+}
+
+void dot(const float* x, int64_t ldx, int T, const void* r, int dtype, int n, float* out) {
+    BMOS_BY_DTYPE(dtype, dot_as, x, ldx, T, r, n, out);
+}
+
+template <class D, int T>
+void mix_of(const float* x, int64_t ldx, const typename D::type* s_in, int64_t lds, int64_t E,
+            const float* G, int n, int padded, float* out, int32_t* max_bits) {
+    I most[T];
+    for (auto& m : most) m = set(0);
+    for (int i = 0; i < n; i += 16) {
+        V scale[T];
+        const V first = get<D>(s_in + i, n - i);
+        for (int t = 0; t < T; ++t) scale[t] = mul(set(G[t * E]), first);
+        for (int64_t e = 1; e < E; ++e) {
+            const V next = get<D>(s_in + e * lds + i, n - i);
+            for (int t = 0; t < T; ++t) scale[t] = fma(set(G[t * E + e]), next, scale[t]);
+        }
+        for (int t = 0; t < T; ++t) {
+            const V product = mul(load(x + t * ldx + i), scale[t]);
+            store(out + t * ldx + i, product);
+            most[t] = max(most[t], bits_of_abs(product));
+        }
+    }
+    for (int t = 0; t < T; ++t) {
+        for (int i = (n + 15) / 16 * 16; i < padded; i += 16) store(out + t * ldx + i, set(0.0f));
+        const int32_t bits = max_of(most[t]);
+        if (bits > max_bits[t]) max_bits[t] = bits;
+    }
+}
+
+template <class D>
+void mix_as(const float* x, int64_t ldx, int T, const void* s_in, int64_t lds, int64_t E,
+            const float* G, int n, int padded, float* out, int32_t* max_bits) {
+    const auto* s = static_cast<const typename D::type*>(s_in);
+    if (T == kTokens) return mix_of<D, kTokens>(x, ldx, s, lds, E, G, n, padded, out, max_bits);
+    for (int t = 0; t < T; ++t) {
+        mix_of<D, 1>(x + t * ldx, ldx, s, lds, E, G + t * E, n, padded, out + t * ldx, max_bits + t);
+    }
+}
+
+void mix(const float* x, int64_t ldx, int T, const void* s_in, int64_t lds, int dtype, int64_t E,
+         const float* G, int n, int padded, float* out, int32_t* max_bits) {
+    BMOS_BY_DTYPE(dtype, mix_as, x, ldx, T, s_in, lds, E, G, n, padded, out, max_bits);
+}
+
+// Quantize sixteen activations to the result << shift, |result| <= kMantissa.
+inline I quantize_group(const float* t, float inverse, int* shift) {
+    const V v = mul(load(t), set(inverse));
+    const I q = round(v);
+    const int most = max_of(abs(q));
+    if (most <= bmos::kMantissa) {
+        *shift = 0;
+        return q;
+    }
+    *shift = (most > 2 * bmos::kMantissa) + (most > 4 * bmos::kMantissa) +
+             (most > 8 * bmos::kMantissa) + 1;
+    return round(mul(v, set(1.0f / float(1 << *shift))));
+}
+
+// The sixteen integers that the digits of one mode stand for.
+inline I quantize(const float* t, float inverse, int planes) {
+    if (planes != BMOS_DEFAULT) return round(mul(load(t), set(inverse)));
+    int shift;
+    const I q = quantize_group(t, inverse, &shift);
+    return shift ? shift_left(q, shift) : q;
+}
+
+inline V total_of(const int32_t* C, int64_t plane_stride, int planes, const int32_t* sums) {
+    if (planes == 0) return to_float(load(C));
+    if (planes <= 2) {
+        I all = sub(shift_left(load(C), 1), set(sums[0]));
+        if (planes == 2) {
+            const I high = sub(shift_left(load(C + plane_stride), 1), set(sums[1]));
+            all = add(all, shift_left(high, 8));
+        }
+        return to_float(all);
+    }
+    float total[16];
+    for (int i = 0; i < 16; ++i) {
+        int64_t sum = 0;
+        for (int p = planes - 1; p >= 0; --p) {
+            sum = sum * 256 + 2 * int64_t(C[p * plane_stride + i]) - sums[p];
+        }
+        total[i] = float(sum);
+    }
+    return load(total);
+}
+
+void finish(const int32_t* C, int64_t plane_stride, int planes, const int32_t* sums, float unit,
+            const float* G, int64_t E, const float* s_out, const float* bias, int n, void* y,
+            int dtype) {
+    for (int i = 0; i < n; i += 16) {
+        V scale = mul(set(G[0]), load(s_out + i));
+        for (int64_t e = 1; e < E; ++e) {
+            scale = fma(set(G[e]), load(s_out + e * bmos::kBlock + i), scale);
+        }
+        V out = mul(mul(total_of(C + i, plane_stride, planes, sums), set(unit)), scale);
+        if (bias) out = add(out, load(bias + i));
+        const int size = dtype == BMOS_F32 ? 4 : 2;
+        char* to = static_cast<char*>(y) + i * size;
+        alignas(64) char some[64];
+        char* whole = n - i >= 16 ? to : some;
+        if (dtype == BMOS_F32) store(reinterpret_cast<float*>(whole), out);
+        if (dtype == BMOS_F16) store_f16(reinterpret_cast<uint16_t*>(whole), out);
+        if (dtype == BMOS_BF16) store_bf16(reinterpret_cast<uint16_t*>(whole), out);
+        if (whole == some) memcpy(to, some, (n - i) * size);
+    }
+}
+
+void nothing(void*) {}
+
+}  // namespace

@@ -1,0 +1,216 @@
+"""The layer on a CPU: csrc/, in one call per layer.
+
+The activations x * s_in are quantized for each token, in one of three modes. A layer keeps the
+mode that VLLM_BMOS_CPU_MODE names when it is prepared:
+
+    default   16 bits, of which each group of 16 activations keeps 12: the error is a third of the
+              rounding of a bfloat16 result, and no outlier channel is clipped
+    exact     31 bits: as good as fp32 arithmetic, at half the speed
+    int8      8 bits: twice the speed for many tokens
+
+Everything behind that is exact integer arithmetic and fp32 operations in one fixed order. So a
+row's result has the same bits in every batch, on every number of threads and instruction set.
+docs/CPU_KERNELS.md tells how.
+"""
+
+import ctypes
+import os
+from functools import cache
+from pathlib import Path
+
+import torch
+from typing_extensions import override
+
+from vllm_bmos.checkpoint.signs import check_width
+from vllm_bmos.kernels.base import Kernel, LinearConfig, LinearTensors
+
+__all__ = ["ISA_ENV", "MODE_ENV", "CpuKernel", "isa", "isas", "library", "mode"]
+
+ISA_ENV = "VLLM_BMOS_CPU_ISA"
+MODE_ENV = "VLLM_BMOS_CPU_MODE"
+
+# The enums of csrc/bmos.h.
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+MODES = {"int8": 1, "default": 2, "exact": 4}
+ERRORS = {
+    1: "the weight was not prepared by this kernel; call prepare first",
+    2: "the shapes of x, the weight and shard_sizes do not fit together",
+    3: "there is not enough memory for the activations",
+}
+MAX_K = 65536
+
+LIBRARY = Path(__file__).with_name("libbmos_cpu.so")
+
+
+class CpuKernel(Kernel):
+    """AMX, AVX-512, AVX2 or portable C++, whichever is the best that the machine runs."""
+
+    name = "cpu"
+
+    @override
+    def can_run(self, config: LinearConfig) -> tuple[bool, str]:
+        if config.device != "cpu":
+            return False, "runs on the CPU only"
+        if config.dtype not in DTYPES or config.scale_dtype not in DTYPES:
+            return False, (
+                f"has no path for {config.dtype} activations and {config.scale_dtype} scales"
+            )
+        if config.K > MAX_K:
+            return False, f"K={config.K} is more than {MAX_K}, whose sums fit 32 bits"
+        try:
+            library()
+        except OSError as error:
+            return False, (
+                f"its library cannot be loaded ({error}); install a C++ compiler, then vllm-bmos "
+                "again"
+            )
+        return True, f"{isa()}, mode {mode()}, {torch.get_num_threads()} threads"
+
+    @override
+    def prepare(self, tensors: LinearTensors, config: LinearConfig) -> LinearTensors:
+        """Re-lay the signs; the scales and the router stay as the checkpoint has them."""
+        check_width(tensors.weight, config.K)
+        signs, shards = tensors.weight.contiguous(), len(config.shard_sizes)
+        sizes = (ctypes.c_int64 * shards)(*config.shard_sizes)
+        bmos = library()
+        packed = torch.empty(bmos.bmos_packed_bytes(config.K, sizes, shards), dtype=torch.uint8)
+        status = bmos.bmos_pack(
+            signs.data_ptr(),
+            config.K,
+            sizes,
+            shards,
+            config.E,
+            DTYPES[config.scale_dtype],
+            MODES[mode()],
+            packed.data_ptr(),
+            torch.get_num_threads(),
+        )
+        _check(status)
+        return LinearTensors(
+            packed,
+            tensors.in_channel_scale.contiguous(),
+            tensors.out_channel_scale.contiguous(),
+            tensors.router_weight.contiguous(),
+        )
+
+    @override
+    def router_logits(
+        self, x: torch.Tensor, router_weight: torch.Tensor, shards: int
+    ) -> torch.Tensor:
+        x = x.contiguous()
+        M, K = x.shape
+        E = router_weight.shape[1]
+        logits = torch.empty((M, shards, E))
+        status = library().bmos_router_logits(
+            x.data_ptr(),
+            DTYPES[x.dtype],
+            M,
+            K,
+            router_weight.data_ptr(),
+            DTYPES[router_weight.dtype],
+            shards * E,
+            logits.data_ptr(),
+            torch.get_num_threads(),
+        )
+        _check(status)
+        return logits
+
+    @override
+    def linear(
+        self,
+        x: torch.Tensor,
+        logits: torch.Tensor | None,
+        tensors: LinearTensors,
+        bias: torch.Tensor | None,
+        shard_sizes: list[int],
+    ) -> torch.Tensor:
+        x = x.contiguous()
+        if logits is not None:
+            logits = logits.float().contiguous()
+        if bias is not None:
+            bias = bias.contiguous()
+        M, K = x.shape
+        N = sum(shard_sizes)
+        y = x.new_empty((M, N))
+        status = library().bmos_linear(
+            x.data_ptr(),
+            DTYPES[x.dtype],
+            M,
+            K,
+            None if logits is None else logits.data_ptr(),
+            tensors.weight.data_ptr(),
+            tensors.in_channel_scale.data_ptr(),
+            tensors.out_channel_scale.data_ptr(),
+            tensors.router_weight.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            0 if bias is None else DTYPES[bias.dtype],
+            y.data_ptr(),
+            N,
+            torch.get_num_threads(),
+        )
+        _check(status)
+        return y
+
+
+def mode() -> str:
+    """The mode that VLLM_BMOS_CPU_MODE names, else "default".
+
+    Raises:
+        ValueError: if there is no such mode.
+    """
+    name = os.environ.get(MODE_ENV) or "default"
+    if name not in MODES:
+        raise ValueError(f"{MODE_ENV}={name}: unknown mode; the modes are {', '.join(MODES)}.")
+    return name
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """csrc/'s library, on the best instruction set or the one that VLLM_BMOS_CPU_ISA names.
+
+    It finds its threads, those of torch's OpenMP runtime, in the process.
+
+    Raises:
+        OSError: if the library was not built, or the process has no such runtime.
+        ValueError: if the machine or the build does not have that instruction set.
+    """
+    bmos = ctypes.CDLL(str(LIBRARY))
+    number, size, pointer, text = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p, ctypes.c_char_p
+    bmos.bmos_isas.argtypes, bmos.bmos_isas.restype = [], text
+    bmos.bmos_isa.argtypes, bmos.bmos_isa.restype = [], text
+    bmos.bmos_use_isa.argtypes = [text]
+    bmos.bmos_packed_bytes.argtypes = [size, pointer, size]
+    bmos.bmos_packed_bytes.restype = size
+    bmos.bmos_pack.argtypes = [
+        *(pointer, size, pointer, size, size, number, number, pointer, number)
+    ]
+    bmos.bmos_router_logits.argtypes = [
+        *(pointer, number, size, size, pointer, number, size, pointer, number)
+    ]
+    bmos.bmos_linear.argtypes = [
+        *(pointer, number, size, size),
+        *(pointer, pointer, pointer, pointer, pointer),
+        *(pointer, number, pointer, size, number),
+    ]
+    name = os.environ.get(ISA_ENV)
+    if name and bmos.bmos_use_isa(name.encode()):
+        raise ValueError(
+            f"{ISA_ENV}={name}: this machine and build have {bmos.bmos_isas().decode()}. Unset "
+            "it to use the best of them."
+        )
+    return bmos
+
+
+def isas() -> list[str]:
+    """The instruction sets that the library has and this machine runs, best first."""
+    return str(library().bmos_isas().decode()).split()
+
+
+def isa() -> str:
+    """The instruction set in use."""
+    return str(library().bmos_isa().decode())
+
+
+def _check(status: int) -> None:
+    if status:
+        raise ValueError(f"the CPU kernel of BinaryMoS cannot run this layer: {ERRORS[status]}.")
