@@ -33,6 +33,8 @@ class Tile:
         NACC: independent accumulators, 1, 2 or 4.
         warps: warps of a program. On sm_90 and sm_100 fewer than 4 means mma.sync.
         stages: depth of the asynchronous copy pipeline.
+        registers: the most a thread may use, a multiple of 8. Left to itself the assembler aims at
+            an occupancy that shared memory does not allow anyway, and spills for it.
     """
 
     M: int | None
@@ -42,15 +44,17 @@ class Tile:
     NACC: int
     warps: int
     stages: int
+    registers: int
 
     def __post_init__(self) -> None:
         allowed = {
             "BN": (16, 32, 64, MAX_ROWS),
             "BM": (8, 16, 32, 64, 128, 256),
-            "BKW": (16, 32, 64, 128),
+            "BKW": (16, 32, 64),
             "NACC": (1, 2, 4),
             "warps": (1, 2, 4, 8),
             "stages": (1, 2, 3, 4, 5, 6),
+            "registers": (*range(32, 256, 8), 255),
         }
         for name, values in allowed.items():
             if getattr(self, name) not in values:

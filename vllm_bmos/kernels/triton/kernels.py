@@ -1,28 +1,32 @@
 # mypy: disable-error-code="no-untyped-def"
 """The GPU kernels of a BinaryMoS layer. `launch.py` calls them; docs/KERNELS.md explains them.
 
-    route     G[S,M,E] = softmax(logits);  xs[S,M,16,KW] = x * (G @ S_in), in bit planes
+    route     G[S,M,E] = softmax(logits);  xs[S,M,blocks,16,64] = x * (G @ S_in), in bit planes
     gemm      y[M,N] = (B @ xs) * (G @ S_out) + bias, the signs B unpacked in registers
-    dequant   B as floats, in the bit planes of xs, for a vendor GEMM
+    dequant   B as floats, in the order of xs, for a vendor GEMM
     finish    y[M,N] = (products of that GEMM) * (G @ S_out) + bias
     logits    the router alone, for a row-parallel layer whose partial logits are summed first
 
-Letters: M tokens, N outputs, K inputs, E experts, S shards; KW = 16-bit words in a row of signs,
-KB = KW/8 = blocks of 128 inputs. Rows of signs are padded to whole blocks, so every row of `words`
-and of `xs` starts on 16 bytes; passing KB and not KW is what tells the compiler so. Each shard's
-rows are padded to ROWS.
+Letters: M tokens, N outputs, K inputs, E experts, S shards. A row of signs is KW words of 16 bits,
+K padded to KP = 128*KB inputs so that rows start on 16 bytes; passing KB and not KW is what tells
+the compiler so. Each shard's rows are padded to a multiple of ROWS.
 
-Bit planes: xs[s, m, i, j] is the input that meets bit i of word j, k = 16*j + i. The weights stay
-as the checkpoint packs them; it is the small activation that is permuted, once a token.
+Bit planes: xs[s, m, b, i, j] is the input that meets bit i of word 64*b + j, k = 16*(64*b + j) + i,
+and zero behind K. The weights stay as the checkpoint packs them; it is the small activation that is
+permuted, once a token. Blocks of 64 words make the distance between planes a constant.
 """
 
 import triton
 import triton.language as tl
 
-from vllm_bmos.kernels.triton.signs import dot, round_to, unpack
+from vllm_bmos.kernels.triton.signs import dot, round_to, unpack_pair
 
 ROWS = tl.constexpr(128)
 """Rows of each shard are padded to a multiple of this, so a tile never spans two shards."""
+
+BLOCK_WORDS = tl.constexpr(64)
+BLOCK = tl.constexpr(16 * 64)
+"""Words and inputs of a block of xs."""
 
 SIGN_EXPONENT = tl.constexpr(-6)
 """`dequant` writes +-2**-6: float16 products of a vendor GEMM then stay far from its overflow."""
@@ -101,35 +105,36 @@ def logits(
 
 @triton.jit(do_not_specialize=["M"])
 def route(
-    x, given_logits, router, s_in, xs, g, M, K, KB, S: tl.constexpr, E: tl.constexpr,
+    x, given_logits, router, s_in, xs, even_sums, g, M, K, KB, S: tl.constexpr, E: tl.constexpr,
     E_PAD: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """xs[S,M,16,KW] and g[S,M,E] from x[M,K] and R, S_in [S,E,KP]. Grid: (ceil(M/BT), S).
+    """xs[S,M,blocks,16,64], even_sums[S,M] and g[S,M,E] from x[M,K] and R, S_in [S,E,KP].
 
     The logits are given (float32 [M,S,E]), or computed here where `given_logits` is None.
+    `even_sums` is the sum of the inputs that even bits meet. Grid: (ceil(M/BT), S).
     """
     shard = tl.program_id(1)
     tokens = tl.program_id(0) * BT + tl.arange(0, BT)
     token_mask = tokens < M
-    KP, KW = KB * 128, KB * 8
+    KP = KB * 128
     e = tl.arange(0, E_PAD)
+    e_mask = token_mask[:, None] & (e < E)[None, :]
     if given_logits is None:
         scores = _logits(x, router + shard * E * KP, tokens, token_mask, K, KP, E, E_PAD, BK)
     else:
-        scores = tl.load(
-            given_logits + (tokens[:, None] * S + shard) * E + e[None, :],
-            mask=token_mask[:, None] & (e < E)[None, :],
-            other=0.0,
-        )
+        given = given_logits + (tokens[:, None] * S + shard) * E + e[None, :]
+        scores = tl.load(given, mask=e_mask, other=0.0)
     scores = tl.where((e < E)[None, :], scores, float("-inf"))
     gates = tl.exp(scores - tl.max(scores, axis=1)[:, None])
     gates = gates / tl.sum(gates, axis=1)[:, None]
     rows = shard * M + tokens.to(tl.int64)
-    g_mask = token_mask[:, None] & (e < E)[None, :]
-    tl.store(g + rows[:, None] * E + e[None, :], gates, mask=g_mask)
+    tl.store(g + rows[:, None] * E + e[None, :], gates, mask=e_mask)
 
     BW: tl.constexpr = BK // 16
-    for k0 in range(0, KP, BK):
+    i = tl.arange(0, 16)[None, :, None]
+    even = tl.zeros([BT, BW, 16], tl.float32)
+    KX = tl.cdiv(KP, BLOCK) * BLOCK
+    for k0 in range(0, KX, BK):
         k = k0 + tl.arange(0, BK)
         row = x + tokens.to(tl.int64)[:, None] * K + k[None, :]
         values = tl.load(row, mask=token_mask[:, None] & (k < K)[None, :], other=0.0)
@@ -139,20 +144,39 @@ def route(
             other=0.0,
         ).to(tl.float32)
         scale = tl.sum(gates[:, :, None] * scales[None, :, :], axis=1)
-        scaled = round_to(values.to(tl.float32) * scale, xs.dtype.element_ty)
-        planes = scaled.reshape(BT, BW, 16).permute(0, 2, 1)
-        i = tl.arange(0, 16)[None, :, None]
-        j = k0 // 16 + tl.arange(0, BW)[None, None, :]
-        where = xs + (rows[:, None, None] * 16 + i) * KW + j
-        tl.store(where, planes, mask=token_mask[:, None, None] & (j < KW))
+        scaled = round_to(values.to(tl.float32) * scale, xs.dtype.element_ty).reshape(BT, BW, 16)
+        even += scaled.to(tl.float32)
+        word = k0 // 16 + tl.arange(0, BW)[None, None, :]
+        place = rows[:, None, None] * KX + (word // BLOCK_WORDS) * BLOCK
+        place += i * BLOCK_WORDS + word % BLOCK_WORDS
+        mask = token_mask[:, None, None] & (word * 16 < KX)
+        tl.store(xs + place, scaled.permute(0, 2, 1), mask=mask)
+    by_bit = tl.sum(even, axis=1)
+    by_bit = tl.where((tl.arange(0, 16) % 2 == 0)[None, :], by_bit, 0.0)
+    tl.store(even_sums + rows, tl.sum(by_bit, axis=1), mask=token_mask)
+
+
+@triton.jit
+def _epilogue(
+    even_sums, s_out, g, bias, shard, col, col_mask, tokens, token_mask, M, N, biased,
+    E: tl.constexpr,
+):  # fmt: skip
+    """What turns products into y: even_sums [tokens], G @ S_out [columns, tokens], bias [columns].
+
+    There is no bias where `biased` is 0, the number of columns that have one.
+    """
+    surplus = tl.load(even_sums + shard * M + tokens, mask=token_mask, other=0.0)
+    scale = _mix_s_out(s_out, g + shard * M * E, col, col_mask, tokens, token_mask, N, E)
+    shift = tl.load(bias + col, mask=col_mask & (col < biased), other=0.0).to(tl.float32)
+    return surplus, scale, shift
 
 
 @triton.jit(do_not_specialize=["M", "biased"])
 def gemm(
-    xs, words, s_out, g, bias, y, M, N, KB, sizes, biased, E: tl.constexpr, BN: tl.constexpr,
-    BM: tl.constexpr, BKW: tl.constexpr, NACC: tl.constexpr, ASM: tl.constexpr,
+    xs, even_sums, words, s_out, g, bias, y, M, N, KB, sizes, biased, E: tl.constexpr,
+    BN: tl.constexpr, BM: tl.constexpr, BKW: tl.constexpr, NACC: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """y[M,N] from xs[S,M,16,KW], words[N_pad,KW], s_out[E,N], g[S,M,E], bias[N].
+    """y[M,N] from xs and even_sums of `route`, words[N_pad,KW], s_out[E,N], g[S,M,E], bias[biased].
 
     Grid: (N_pad/BN, ceil(M/BM)). One program computes BN outputs of one shard for BM tokens: y.T =
     B @ xs.T, with the signs as the left operand, the one that every MMA takes from registers. A
@@ -168,58 +192,72 @@ def gemm(
     tokens = tl.program_id(1) * BM + tl.arange(0, BM)
     token_mask = tokens < M
     w_tile = words + (row + n)[:, None] * KW + j[None, :]
-    x_tile = xs + (shard * M + tokens)[None, :] * (KW * 16) + j[:, None]
+    KX = tl.cdiv(KW, BLOCK_WORDS) * BLOCK
+    x_tile = xs + (shard * M + tokens)[None, :] * KX + j[:, None]
 
+    col = row - first_row + n
+    col_mask = col < size
+    col += first_col
+    # A small tile has registers to spare: its scales arrive while the first weights do.
+    EARLY: tl.constexpr = BN * BM <= 512
+    if EARLY:
+        surplus, scale, shift = _epilogue(
+            even_sums, s_out, g, bias, shard, col, col_mask, tokens, token_mask, M, N, biased, E
+        )
     acc0 = tl.zeros([BN, BM], tl.float32)
     acc1 = tl.zeros([BN, BM], tl.float32)
     acc2 = tl.zeros([BN, BM], tl.float32)
     acc3 = tl.zeros([BN, BM], tl.float32)
     for j0 in range(0, KW, BKW):
-        inside = j < KW - j0
-        w = tl.load(w_tile + j0, mask=inside[None, :], other=0)
-        for i in tl.static_range(16):
-            x_mask = inside[:, None] & token_mask[None, :]
-            x = tl.load(x_tile + (i * KW + j0), mask=x_mask, other=0.0)
-            signs = unpack(w, i, DTYPE, ASM)
-            if i % NACC == 0:
-                acc0 = dot(signs, x, acc0)
-            elif i % NACC == 1:
-                acc1 = dot(signs, x, acc1)
-            elif i % NACC == 2:
-                acc2 = dot(signs, x, acc2)
+        w = tl.load(w_tile + j0, mask=(j < KW - j0)[None, :], other=0)
+        planes = x_tile + (j0 + j0 // BLOCK_WORDS * (BLOCK - BLOCK_WORDS))
+        for p in tl.static_range(8):
+            odd, even = unpack_pair(w, p, DTYPE, ASM)
+            plane = planes + 2 * p * BLOCK_WORDS
+            x_even = tl.load(plane, mask=token_mask[None, :], other=0.0)
+            x_odd = tl.load(plane + BLOCK_WORDS, mask=token_mask[None, :], other=0.0)
+            if NACC == 1:
+                acc0 = dot(even, x_even, acc0)
+                acc0 = dot(odd, x_odd, acc0)
+            elif NACC == 2 or p % 2 == 0:
+                acc0 = dot(even, x_even, acc0)
+                acc1 = dot(odd, x_odd, acc1)
             else:
-                acc3 = dot(signs, x, acc3)
-    acc = (acc0 + acc1) + (acc2 + acc3)
+                acc2 = dot(even, x_even, acc2)
+                acc3 = dot(odd, x_odd, acc3)
+    acc = (acc0 + acc2) + (acc1 + acc3)
 
-    col = row - first_row + n
-    col_mask = col < size
-    col += first_col
-    scale = _mix_s_out(s_out, g + shard * M * E, col, col_mask, tokens, token_mask, N, E)
-    shift = tl.load(bias + col, mask=col_mask & (col < biased), other=0.0).to(tl.float32)
-    out = round_to(acc * scale + shift[:, None], y.dtype.element_ty)
+    if not EARLY:
+        surplus, scale, shift = _epilogue(
+            even_sums, s_out, g, bias, shard, col, col_mask, tokens, token_mask, M, N, biased, E
+        )
+    out = round_to((acc - surplus[None, :]) * scale + shift[:, None], y.dtype.element_ty)
     mask = col_mask[:, None] & token_mask[None, :]
     tl.store(y + tokens[None, :] * N + col[:, None], out, mask=mask)
 
 
 @triton.jit
-def dequant(words, out, KB, BN: tl.constexpr, BW: tl.constexpr):
-    """out[rows,16,KW] = +-2**SIGN_EXPONENT from words[rows,KW]. Grid: (rows/BN, ceil(KW/BW))."""
+def dequant(words, out, KB, BN: tl.constexpr):
+    """out[rows,blocks,16,64] = +-2**SIGN_EXPONENT from words[rows,KW]. Grid: (rows/BN, blocks)."""
+    DTYPE: tl.constexpr = out.dtype.element_ty
     KW = KB * 8
     n = (tl.program_id(0) * BN + tl.arange(0, BN)).to(tl.int64)[:, None]
-    j = tl.program_id(1) * BW + tl.arange(0, BW)[None, :]
-    w = tl.load(words + n * KW + j, mask=j < KW, other=0)
+    j = tl.arange(0, BLOCK_WORDS)[None, :]
+    word = tl.program_id(1) * BLOCK_WORDS + j
+    w = tl.load(words + n * KW + word, mask=word < KW, other=0)
     magnitude: tl.constexpr = 2.0**SIGN_EXPONENT
+    block = out + (n * tl.num_programs(1) + tl.program_id(1)) * BLOCK + j
     for i in tl.static_range(16):
-        signs = tl.where((w >> i) & 1 != 0, magnitude, -magnitude).to(out.dtype.element_ty)
-        tl.store(out + (n * 16 + i) * KW + j, signs, mask=j < KW)
+        signs = tl.where((w >> i) & 1 != 0, magnitude, -magnitude)
+        tl.store(block + i * BLOCK_WORDS, round_to(signs, DTYPE))
 
 
 @triton.jit(do_not_specialize=["M", "biased"])
 def finish(
-    acc, s_out, g, bias, y, M, N, first_col, cols, acc_stride, biased, E: tl.constexpr,
+    products, s_out, g, bias, y, M, N, first_col, cols, biased, E: tl.constexpr,
     BN: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
-    """y[:, first_col:first_col+cols] = acc[M,cols] * 2**-SIGN_EXPONENT * (G @ S_out) + bias.
+    """y[:, first_col:][:, :cols] = products[M,cols] * 2**-SIGN_EXPONENT * (G @ S_out) + bias.
 
     `g` points at this shard's G[M,E]. Grid: (ceil(cols/BN), ceil(M/BM)).
     """
@@ -228,10 +266,10 @@ def finish(
     col_mask, token_mask = n < cols, tokens < M
     mask = col_mask[:, None] & token_mask[None, :]
     row = tokens.to(tl.int64)[None, :]
-    products = tl.load(acc + row * acc_stride + n[:, None], mask=mask, other=0.0).to(tl.float32)
+    acc = tl.load(products + row * cols + n[:, None], mask=mask, other=0.0).to(tl.float32)
     col = first_col + n
     scale = _mix_s_out(s_out, g, col, col_mask, tokens, token_mask, N, E)
     shift = tl.load(bias + col, mask=col_mask & (col < biased), other=0.0).to(tl.float32)
     unscale: tl.constexpr = 2.0**-SIGN_EXPONENT
-    out = round_to(products * (scale * unscale) + shift[:, None], y.dtype.element_ty)
+    out = round_to(acc * (scale * unscale) + shift[:, None], y.dtype.element_ty)
     tl.store(y + row * N + col[:, None], out, mask=mask)

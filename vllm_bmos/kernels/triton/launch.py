@@ -80,34 +80,36 @@ def linear(
     y = x.new_empty((M, N))
     if M == 0:
         return y
-    xs, g = _route(_aligned(x), logits, tensors)
+    xs, even_sums, g = _route(_aligned(x), logits, tensors)
     tile = tile_for(arch_of(x.device), M)
     if tile is None:
         _large(xs, g, tensors, bias, shard_sizes, y)
     else:
-        _tiled(xs, g, tensors, bias, shard_sizes, y, tile)
+        _tiled(xs, even_sums, g, tensors, bias, shard_sizes, y, tile)
     return y
 
 
 def _route(
     x: torch.Tensor, logits: torch.Tensor | None, tensors: LinearTensors
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The scaled inputs xs[S, M, 16, KW] and the gates G[S, M, E] in float32."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The scaled inputs xs[S, M, KX], their even_sums[S, M] and the gates G[S, M, E]."""
     M, K = x.shape
     S, E, KP = tensors.in_channel_scale.shape
-    xs = x.new_empty((S, M, WORD, KP // WORD))
+    xs = x.new_empty((S, M, round_up(KP, kernels.BLOCK.value)))
+    even_sums = x.new_empty((S, M), dtype=torch.float32)
     g = x.new_empty((S, M, E), dtype=torch.float32)
     route = _route_tile(M, E, KP)
     launch(
         kernels.route, (triton.cdiv(M, route["BT"]), S),
         x, None if logits is None else logits.contiguous(), tensors.router_weight,
-        tensors.in_channel_scale, xs, g, M, K, KP // BLOCK_K, S=S, E=E, **route,
+        tensors.in_channel_scale, xs, even_sums, g, M, K, KP // BLOCK_K, S=S, E=E, **route,
     )  # fmt: skip
-    return xs, g
+    return xs, even_sums, g
 
 
 def _tiled(
     xs: torch.Tensor,
+    even_sums: torch.Tensor,
     g: torch.Tensor,
     tensors: LinearTensors,
     bias: torch.Tensor | None,
@@ -116,14 +118,14 @@ def _tiled(
     tile: Tile,
 ) -> None:
     M, N = y.shape
-    E, KW = g.shape[2], xs.shape[3]
+    E, KW = g.shape[2], tensors.weight.shape[1]
     grid = (tensors.weight.shape[0] // tile.BN, triton.cdiv(M, tile.BM))
     launch(
         kernels.gemm, grid,
-        xs, tensors.weight, tensors.out_channel_scale, g, y if bias is None else bias, y,
+        xs, even_sums, tensors.weight, tensors.out_channel_scale, g, y if bias is None else bias, y,
         M, N, KW * WORD // BLOCK_K, tuple(shard_sizes), 0 if bias is None else N,
         E=E, BN=tile.BN, BM=tile.BM, BKW=tile.BKW, NACC=tile.NACC, ASM=_inline_asm(),
-        num_warps=tile.warps, num_stages=tile.stages,
+        num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
     )  # fmt: skip
 
 
@@ -137,26 +139,25 @@ def _large(
 ) -> None:
     """Many tokens: dequantise a part of the rows, multiply with the vendor GEMM, scale."""
     M, N = y.shape
-    E, KW = g.shape[2], xs.shape[3]
-    KP = KW * WORD
-    ROWS, BN, BW, BM = kernels.ROWS.value, 32, 64, 64
-    part = max(1, DEQUANT_BYTES // (KP * xs.element_size() * ROWS)) * ROWS
+    E, KW, KX = g.shape[2], tensors.weight.shape[1], xs.shape[2]
+    ROWS, BN, BM = kernels.ROWS.value, 32, 64
+    part = max(1, DEQUANT_BYTES // (KX * xs.element_size() * ROWS)) * ROWS
     row, col = 0, 0
     for scaled, gates, size in zip(xs.unbind(), g.unbind(), shard_sizes, strict=True):
         for first in range(0, size, part):
             cols = min(part, size - first)
             rows = round_up(cols, BN)
-            signs = xs.new_empty((rows, KP))
+            signs = xs.new_empty((rows, KX))
             words = tensors.weight.narrow(0, row + first, rows)
             launch(
-                kernels.dequant, (rows // BN, triton.cdiv(KW, BW)),
-                words, signs, KP // BLOCK_K, BN=BN, BW=BW,
+                kernels.dequant, (rows // BN, KX // kernels.BLOCK.value),
+                words, signs, KW * WORD // BLOCK_K, BN=BN,
             )  # fmt: skip
-            products = scaled.view(M, KP) @ signs.narrow(0, 0, cols).T
+            products = scaled @ signs.narrow(0, 0, cols).T
             launch(
                 kernels.finish, (triton.cdiv(cols, BM), triton.cdiv(M, BM)),
                 products, tensors.out_channel_scale, gates, y if bias is None else bias, y,
-                M, N, col + first, cols, products.stride(0), 0 if bias is None else N,
+                M, N, col + first, cols, 0 if bias is None else N,
                 E=E, BN=BM, BM=BM,
             )  # fmt: skip
         row += round_up(size, ROWS)

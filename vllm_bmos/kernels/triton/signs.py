@@ -1,15 +1,18 @@
 # mypy: disable-error-code="no-untyped-def"
-"""Signs in registers: one bit plane of packed words to a tile of -1 and +1 for the tensor cores.
+"""Signs in registers: two bits of every packed word to two tiles for the tensor cores.
 
-A word is 16 consecutive bits of a row, bit i of word j being the sign of weight k = 16*j + i, as in
-`checkpoint.signs`. Two instructions unpack two weights: a 32-bit register holds two words, a shift
-brings bit i of both to the sign position of two 16-bit floats, and one LOP3 keeps those two bits
-and flips them into a constant -1.0:
+A word is 16 consecutive bits of a row; bit i of word j is the sign of weight k = 16*j + i, as in
+`checkpoint.signs`. A 32-bit register holds two words, so one instruction serves two weights. A
+shift brings bits 2p+1 and 2p of both words to the two top bits of a 16-bit float:
 
-    t = words << (15 - i);  floats = (t & 0x80008000) ^ MINUS_ONE_TWICE
+    t = words << (14 - 2*p)
+    odd  = (t & 0x8000) ^ 0xBC00   the sign bit of a constant:    1 -> +1.0, 0 -> -1.0
+    even =  t & 0x4000             the top bit of the exponent:   1 ->  2.0, 0 ->  0.0
 
-so that a set bit flips -1.0 to +1.0. Bits that the shift moves from the low word into the high one
-are masked away. Triton's own 16-bit operations cost 1.8 times the instructions.
+Both float formats give 0x4000 the value 2.0 (-1.0 is 0xBC00 in float16, 0xBF80 in bfloat16). So an
+even tile is one more than its signs, and `kernels.gemm` subtracts the sum of the inputs that even
+bits meet. This costs 23 instructions for 32 weights where a shift for every bit costs 31, and
+Triton's own 16-bit operations cost almost twice as many.
 """
 
 import triton
@@ -18,19 +21,22 @@ import triton.language as tl
 NATIVE = tl.constexpr(not triton.knobs.runtime.interpret)
 """False under TRITON_INTERPRET=1, which has no inline assembly and no bfloat16 arithmetic."""
 
-KEEP_SIGNS = 0x8000_8000
+SIGN_BIT = 0x8000
+TWO = tl.constexpr(0x4000)
 LUT_AND_XOR = 0x6A  # (a & b) ^ c, as LOP3 spells it
 MINUS_ONE = {"fp16": 0xBC00, "bf16": 0xBF80}
 
 
 @triton.constexpr_function
-def unpack_asm(bit: int, dtype_name: str) -> str:
-    """PTX that turns two packed words ($1) into two floats ($0), each the sign of bit `bit`."""
-    twice = MINUS_ONE[dtype_name] * 0x1_0001
+def unpack_asm(pair: int, dtype_name: str) -> str:
+    """PTX that turns two words ($2) into two odd ($0) and two even ($1) floats."""
+    both_words = 0x1_0001
+    sign_bits, minus_ones = SIGN_BIT * both_words, MINUS_ONE[dtype_name] * both_words
     return (
         "{ .reg .b32 t; "
-        f"shl.b32 t, $1, {15 - bit}; "
-        f"lop3.b32 $0, t, {KEEP_SIGNS:#x}, {twice:#x}, {LUT_AND_XOR:#x}; }}"
+        f"shl.b32 t, $2, {14 - 2 * pair}; "
+        f"lop3.b32 $0, t, {sign_bits:#x}, {minus_ones:#x}, {LUT_AND_XOR:#x}; "
+        f"and.b32 $1, t, {TWO.value * both_words:#x}; }}"
     )
 
 
@@ -41,21 +47,38 @@ def minus_one(dtype_name: str) -> int:
 
 
 @triton.jit
-def unpack(words, BIT: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr):
-    """Int16 words of any shape to DTYPE: +1 where bit BIT is set, else -1."""
+def unpack_pair(words, PAIR: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr):
+    """Int16 words of any shape to (odd, even) in DTYPE.
+
+    Returns:
+        odd: +1 where bit 2*PAIR+1 of a word is set, else -1.
+        even: 2 where bit 2*PAIR is set, else 0.
+    """
     if ASM:
-        # A dtype argument that is itself a constexpr is not unwrapped by Triton: hence two calls.
+        # Triton does not unwrap a constexpr inside a tuple of dtypes: hence two calls.
         if DTYPE == tl.float16:
             return tl.inline_asm_elementwise(
-                unpack_asm(BIT, "fp16"), "=r,r", [words], dtype=tl.float16, is_pure=True, pack=2
+                unpack_asm(PAIR, "fp16"),
+                "=r,=r,r",
+                [words],
+                dtype=(tl.float16, tl.float16),
+                is_pure=True,
+                pack=2,
             )
         else:
             return tl.inline_asm_elementwise(
-                unpack_asm(BIT, "bf16"), "=r,r", [words], dtype=tl.bfloat16, is_pure=True, pack=2
+                unpack_asm(PAIR, "bf16"),
+                "=r,=r,r",
+                [words],
+                dtype=(tl.bfloat16, tl.bfloat16),
+                is_pure=True,
+                pack=2,
             )
     else:
-        signs = (words << (15 - BIT)) & -0x8000
-        return (signs ^ minus_one(DTYPE.name)).to(tl.int16).to(DTYPE, bitcast=True)
+        t = words << (14 - 2 * PAIR)
+        odd = ((t & -0x8000) ^ minus_one(DTYPE.name)).to(tl.int16)
+        even = (t & TWO).to(tl.int16)
+        return odd.to(DTYPE, bitcast=True), even.to(DTYPE, bitcast=True)
 
 
 @triton.jit
