@@ -24,6 +24,14 @@ SIZES = {
         "num_key_value_heads": 2,
         "vocab_size": 96,
     },
+    "small": {
+        "hidden_size": 512,
+        "intermediate_size": 1376,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+        "vocab_size": 2000,
+    },
     "7b": {
         "hidden_size": 4096,
         "intermediate_size": 11008,

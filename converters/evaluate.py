@@ -1,6 +1,7 @@
 """Perplexity of the dense source and of the packed result on a text, through transformers."""
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,29 @@ def evaluate(source: Source, target: Path, text: str) -> dict[str, float]:
     packed = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
     result["packed"] = perplexity(packed, tokens)
     return result
+
+
+@torch.inference_mode()
+def router_entropy(path: Path, text: str) -> dict[str, float]:
+    """Mean entropy of each layer's G on the first window of a text, in bits; at most log2(E)."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from vllm_bmos.integrations.transformers import BinaryMosLinear
+
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    tokens = AutoTokenizer.from_pretrained(path)(text, return_tensors="pt").input_ids
+    entropy: dict[str, float] = {}
+
+    def watch(name: str, layer: BinaryMosLinear, inputs: tuple[torch.Tensor, ...]) -> None:
+        x = inputs[0].reshape(-1, layer.in_features).float()
+        G = (x @ layer.router_weight.float().T).softmax(dim=-1)  # [M, E]
+        entropy[name] = float(-(G * G.clamp_min(1e-30).log2()).sum(dim=-1).mean())
+
+    for name, module in model.named_modules():
+        if isinstance(module, BinaryMosLinear):
+            module.register_forward_pre_hook(partial(watch, name))
+    model(tokens[:, : min(WINDOW, model.config.max_position_embeddings)])
+    return entropy
 
 
 @torch.inference_mode()

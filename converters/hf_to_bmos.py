@@ -15,8 +15,10 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a file: make the repository's packages importable
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from converters.evaluate import evaluate
+from converters.compare import compare
+from converters.evaluate import evaluate, router_entropy
 from converters.fitting import STAGES
+from converters.model_card import README, model_card
 from converters.options import Options
 from converters.pipeline import convert
 from converters.plan import Plan, make_plan
@@ -24,6 +26,7 @@ from converters.report import conversion_report, inspection, plan_report
 from converters.workspace import TargetError
 from vllm_bmos.checkpoint.format import MAX_EXPERTS, SCALE_DTYPES, FormatError
 from vllm_bmos.checkpoint.verify import verify
+from vllm_bmos.checkpoint.writer import write_bytes
 
 logger = logging.getLogger("hf_to_bmos")
 
@@ -66,6 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run_convert(args: argparse.Namespace) -> int:
     """`SRC DST`: plan, convert, report."""
+    _quiet_transformers()
     options = Options(
         experts=args.experts,
         stage=args.stage,
@@ -84,8 +88,13 @@ def run_convert(args: argparse.Namespace) -> int:
     zeros = convert(plan, args.dst, resume=args.resume, workers=args.jobs)
     print(conversion_report(plan, args.dst, zeros))
     if text is not None:
-        for name, value in evaluate(plan.source, args.dst, text).items():
+        perplexities = evaluate(plan.source, args.dst, text)
+        for name, value in perplexities.items():
             print(f"perplexity of the {name} model on {args.eval_text.name}: {value:.2f}")
+        card = model_card(plan, perplexities, args.eval_text.name)
+        write_bytes(args.dst / README, card.encode())
+    if args.push_to_hub:
+        push_to_hub(args.dst, args.push_to_hub)
     return OK
 
 
@@ -98,17 +107,34 @@ def run_verify(args: argparse.Namespace) -> int:
         "tensors": len(checkpoint.specs),
         "layers": len(checkpoint.shapes),
     }
+    if args.source:
+        result["source"] = compare(checkpoint, args.source)
     if args.json:
         print(json.dumps(result, indent=2))
     else:
         print(f"{args.dst}: valid, {result['layers']} layers, {result['tensors']} tensors")
+        if args.source:
+            print(f"{args.source}: {result['source']}")
     return OK
 
 
 def run_inspect(args: argparse.Namespace) -> int:
     """`inspect DST`: shapes, bits per weight, spread of the experts."""
-    print(inspection(args.dst, as_json=args.json))
+    _quiet_transformers()
+    text = args.text.read_text(encoding="utf-8") if args.text else None
+    entropy = router_entropy(args.dst, text) if text else {}
+    print(inspection(args.dst, as_json=args.json, entropy=entropy))
     return OK
+
+
+def push_to_hub(path: Path, repository: str) -> None:
+    """Upload a finished checkpoint to a private repository of the user's hub account."""
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    api.create_repo(repository, private=True, exist_ok=True)
+    api.upload_folder(repo_id=repository, folder_path=path)
+    logger.info("uploaded %s to %s", path, repository)
 
 
 def _warn_data_free(plan: Plan) -> None:
@@ -117,6 +143,14 @@ def _warn_data_free(plan: Plan) -> None:
         "it is a start for fitting, not a model to use.",
         plan.source.stage,
     )
+
+
+def _quiet_transformers() -> None:
+    """Transformers draws its own progress bars, even where there is no terminal."""
+    if not sys.stderr.isatty():
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.disable_progress_bar()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -161,16 +195,25 @@ def _parser() -> argparse.ArgumentParser:
     )
     convert_.add_argument("--dry-run", action="store_true", help="print the plan, write nothing")
     convert_.add_argument("--resume", action="store_true", help="continue an interrupted run")
-    convert_.add_argument("--jobs", type=int, default=0, help="threads; 0 is one per core")
+    convert_.add_argument(
+        "--push-to-hub", metavar="REPO", help="then upload the result to this private repository"
+    )
+    convert_.add_argument("--jobs", type=_jobs, default=0, help="threads; 0 is one per core")
 
     verify_ = commands.add_parser("verify", parents=[shared], formatter_class=formatter)
     verify_.set_defaults(run=run_verify)
     verify_.add_argument("dst", type=Path, help="packed checkpoint")
+    verify_.add_argument(
+        "--source", type=Path, help="also compare with the model that it was converted from"
+    )
     verify_.add_argument("--json", action="store_true", help="print JSON")
 
     inspect_ = commands.add_parser("inspect", parents=[shared], formatter_class=formatter)
     inspect_.set_defaults(run=run_inspect)
     inspect_.add_argument("dst", type=Path, help="packed checkpoint")
+    inspect_.add_argument(
+        "--text", type=Path, metavar="FILE", help="measure the routers' entropy on this text"
+    )
     inspect_.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
@@ -178,6 +221,12 @@ def _parser() -> argparse.ArgumentParser:
 def _experts(text: str) -> int:
     if not text.isdigit() or not 1 <= int(text) <= MAX_EXPERTS:
         raise argparse.ArgumentTypeError(f"expected a number from 1 to {MAX_EXPERTS}, not {text}")
+    return int(text)
+
+
+def _jobs(text: str) -> int:
+    if not text.isdigit() or int(text) > 1024:
+        raise argparse.ArgumentTypeError(f"expected a number of threads, not {text}")
     return int(text)
 
 

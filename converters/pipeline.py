@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from converters.model_card import README, model_card
 from converters.plan import Job, Plan
 from converters.progress import Progress
 from converters.workspace import TargetError, Workspace, work_directory
@@ -60,6 +61,7 @@ def convert(plan: Plan, target: Path, *, resume: bool = False, workers: int = 0)
         for name, data in plan.side_files.items():
             write_bytes(work.checkpoint / name, data)
         found = {"zeros_to_plus_one": sum(zeros.values())}
+        write_bytes(work.checkpoint / README, model_card(plan, {}).encode())
         write_json(work.checkpoint / CONFIG_FILE, plan.model_config(found))
         progress = Progress("verify", plan.bytes)
         verify(work.checkpoint, lambda name: progress.add(spec_bytes(writer.specs[name])))

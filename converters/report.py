@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -79,22 +79,33 @@ def conversion_report(plan: Plan, target: Path, zeros: dict[str, int]) -> str:
     return "\n".join(lines)
 
 
-def inspection(path: Path, as_json: bool) -> str:
-    """Every packed layer's shape, bits per weight and spread of its experts."""
+def inspection(path: Path, as_json: bool, entropy: Mapping[str, float]) -> str:
+    """Every packed layer's shape, bits per weight and spread of its experts.
+
+    Args:
+        path: a packed checkpoint.
+        as_json: whether to return JSON instead of a table.
+        entropy: mean router entropy in bits by layer, if it was measured.
+    """
     checkpoint = Checkpoint(path)
     layers = [inspect_layer(checkpoint, module) for module in checkpoint.config.modules]
+    for row in layers:
+        if row["name"] in entropy:
+            row["router_entropy"] = entropy[row["name"]]
     if as_json:
         return json.dumps({"config": checkpoint.config.to_dict(), "layers": layers}, indent=2)
     config = checkpoint.config
     lines = [
         f"{path}: format version {config.format_version}, E = {config.num_experts}, scales in "
         f"{config.scale_dtype}, {json.dumps(config.provenance)}",
-        f"{'layer':48}{'N':>7}{'K':>7}{'bits/weight':>13}{'spread in':>11}{'spread out':>11}",
+        f"{'layer':48}{'N':>7}{'K':>7}{'bits/weight':>13}{'spread in':>11}{'spread out':>11}"
+        + (f"{'router bits':>13}" if entropy else ""),
     ]
     for row in layers:
         lines.append(
             f"{row['name']:48}{row['N']:7}{row['K']:7}{row['bits_per_weight']:13.3f}"
             f"{row['in_spread']:11.4f}{row['out_spread']:11.4f}"
+            + (f"{row['router_entropy']:13.3f}" if entropy else "")
         )
     return "\n".join(lines)
 

@@ -104,7 +104,7 @@ class Workspace:
     ) -> None:
         """Release the lock. What is worth nothing to a resumed run does not stay behind."""
         self._journal.close()
-        if isinstance(error, FormatError) or (error is not None and not self.finished):
+        if isinstance(error, FormatError) or not self.finished:
             shutil.rmtree(self.root, ignore_errors=True)
         os.close(self._lock)
 

@@ -28,7 +28,7 @@ def fit(weight: torch.Tensor, E: int) -> dict[str, torch.Tensor]:
         The layer's tensors by their names in the format; the scales and router are float32.
     """
     packed = pack_signs(weight >= 0)
-    a, b = rank_one(weight.float().abs_())
+    a, b = rank_one(weight.abs().float())
     return {
         WEIGHT: packed,
         IN_SCALE: b.repeat(E, 1),

@@ -37,6 +37,7 @@ class Source(ABC):
         carried: stored tensors that are copied as they are.
         experts: E.
         scale_dtype: dtype of every scale of the result.
+        license: name of the licence, if the source's own metadata gives one.
         output_norm: what every layer ends in; None for BinaryMoS itself.
         stage: how layers become binary; None if the source's layers are binary already.
     """
@@ -50,6 +51,7 @@ class Source(ABC):
     modules: dict[str, tuple[int, int]]
     experts: int
     scale_dtype: str
+    license: str | None = None
     output_norm: str | None = None
     stage: str | None = None
 

@@ -31,7 +31,7 @@ class GgufSource(DenseSource):
     def __init__(self, path: Path, options: Options) -> None:
         if not path.is_file():
             raise FormatError(f"{path} is missing. Check the file's name.")
-        store, config = open_gguf(path)
+        store, config, self.license = open_gguf(path)
         super().__init__(path, options, config, store)
 
 
@@ -71,11 +71,11 @@ class GgufStore:
         yield tensor_bytes(self.tensor(name))
 
 
-def open_gguf(path: Path) -> tuple[GgufStore, dict[str, Any]]:
+def open_gguf(path: Path) -> tuple[GgufStore, dict[str, Any], str | None]:
     """Read a GGUF file's metadata.
 
     Returns:
-        Its tensors, and a config.json for them.
+        Its tensors, a config.json for them, and the licence that it names.
 
     Raises:
         FormatError: if the file is damaged or transformers does not know its architecture.
@@ -108,7 +108,9 @@ def open_gguf(path: Path) -> tuple[GgufStore, dict[str, Any]]:
     missing = [hf for gguf, hf in names.items() if hf not in tensors and gguf != "output.weight"]
     if missing:
         raise FormatError(f"{path}: {missing[0]} is missing. The file is incomplete.")
-    return GgufStore(path, tensors, processor, names), model_config
+    license_field = reader.fields.get("general.license")
+    license_name = license_field.contents() if license_field else None
+    return GgufStore(path, tensors, processor, names), model_config, license_name
 
 
 def clean_config(config: dict[str, Any]) -> dict[str, Any]:

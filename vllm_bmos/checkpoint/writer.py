@@ -169,9 +169,14 @@ class CheckpointWriter:
 
 
 def hash_extent(extent: Extent) -> str:
-    """The sha256 of a tensor's bytes, as the manifest records it."""
+    """The sha256 of a stored tensor's bytes, as the manifest records it."""
+    return sha256_of(read_chunks(extent))
+
+
+def sha256_of(chunks: Iterable[memoryview]) -> str:
+    """The sha256 of bytes that come in chunks."""
     digest = hashlib.sha256()
-    for chunk in read_chunks(extent):
+    for chunk in chunks:
         digest.update(chunk)
     return digest.hexdigest()
 

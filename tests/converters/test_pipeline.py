@@ -1,0 +1,249 @@
+"""Converting: atomic, resumable, deterministic, and careful with what is already there."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from converters import pipeline
+from converters.options import Options
+from converters.pipeline import convert
+from converters.plan import make_plan
+from converters.sources.official import OfficialSource
+from converters.workspace import TargetError, Workspace
+from tests.converters.models import make_dense, make_official
+from vllm_bmos.checkpoint import FormatError
+from vllm_bmos.checkpoint.verify import verify
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def content(path):
+    return {file.name: file.read_bytes() for file in path.iterdir()}
+
+
+@pytest.fixture
+def source(tmp_path):
+    return make_official(tmp_path / "source")
+
+
+@pytest.fixture
+def wanted(tmp_path, source):
+    convert(make_plan(source, Options()), tmp_path / "wanted")
+    return content(tmp_path / "wanted")
+
+
+def break_after(monkeypatch, jobs, error):
+    """Raise `error` in the job after the first `jobs`."""
+    layer, done = OfficialSource.layer, []
+
+    def breaking(self, module):
+        if len(done) == jobs:
+            raise error
+        done.append(module)
+        return layer(self, module)
+
+    monkeypatch.setattr(OfficialSource, "layer", breaking)
+    return done
+
+
+@pytest.mark.parametrize("make", [make_official, make_dense])
+@pytest.mark.parametrize("workers", [1, 2, 5])
+def test_bytes_do_not_depend_on_the_number_of_threads(tmp_path, make, workers):
+    source = make(tmp_path / "source")
+    for name, count in (("a", 1), ("b", workers)):
+        convert(make_plan(source, Options()), tmp_path / name, workers=count)
+    assert content(tmp_path / "a") == content(tmp_path / "b")
+
+
+def test_max_shard_size(tmp_path, source, wanted):
+    convert(make_plan(source, Options(max_shard_size=9000)), tmp_path / "target")
+    verify(tmp_path / "target")
+    shards = sorted((tmp_path / "target").glob("model-*.safetensors"))
+    assert len(shards) > 3
+    assert all(sum(t.nbytes for t in load_file(s).values()) <= 9000 for s in shards)
+    (tmp_path / "one.safetensors").write_bytes(wanted["model.safetensors"])
+    whole = load_file(tmp_path / "one.safetensors")
+    assert {n for s in shards for n in load_file(s)} == whole.keys()
+
+
+def test_nothing_but_the_target_is_left(tmp_path, source):
+    convert(make_plan(source, Options()), tmp_path / "deep/er/target")
+    assert os.listdir(tmp_path / "deep/er") == ["target"]
+    assert not [name for name in os.listdir(tmp_path / "deep/er/target") if "tmp" in name]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError("no space left")])
+def test_an_interrupted_run_is_resumed_to_the_same_bytes(
+    tmp_path, source, wanted, monkeypatch, error
+):
+    target = tmp_path / "target"
+    with monkeypatch.context() as patch:
+        break_after(patch, 5, error)
+        with pytest.raises(type(error)):
+            convert(make_plan(source, Options()), target, workers=1)
+    assert not target.exists() and (tmp_path / "target.partial").is_dir()
+    with pytest.raises(TargetError, match="--resume"):
+        convert(make_plan(source, Options()), target)
+    done = break_after(monkeypatch, 99, error)
+    convert(make_plan(source, Options()), target, resume=True)
+    assert len(done) == 14 - 5  # five layers were not converted again
+    assert content(target) == wanted
+    assert not (tmp_path / "target.partial").exists()
+
+
+def test_damage_to_the_partial_result_is_repaired(tmp_path, source, wanted, monkeypatch):
+    with monkeypatch.context() as patch:
+        break_after(patch, 9, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            convert(make_plan(source, Options()), tmp_path / "target", workers=1)
+    partial = tmp_path / "target.partial"
+    data = partial / "checkpoint/model.safetensors"
+    data.write_bytes(data.read_bytes()[:1500] + bytes(data.stat().st_size - 1500))
+    journal = partial / "journal.jsonl"
+    journal.write_text(journal.read_text()[:-20])  # a line cut short
+    convert(make_plan(source, Options()), tmp_path / "target", resume=True)
+    assert content(tmp_path / "target") == wanted
+
+
+@pytest.mark.parametrize("change", ["source", "options"])
+def test_resume_of_something_else_is_refused(tmp_path, source, monkeypatch, change):
+    with monkeypatch.context() as patch:
+        break_after(patch, 5, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            convert(make_plan(source, Options()), tmp_path / "target", workers=1)
+    options = Options()
+    if change == "source":
+        tensors = load_file(source / "model.safetensors")
+        tensors["model.norm.weight"] += 1
+        save_file(tensors, source / "model.safetensors")
+    else:
+        options = Options(scale_dtype="float32")
+    before = content(tmp_path / "target.partial/checkpoint")
+    with pytest.raises(TargetError, match="another source or with other options"):
+        convert(make_plan(source, options), tmp_path / "target", resume=True)
+    assert content(tmp_path / "target.partial/checkpoint") == before
+
+
+def test_resume_when_there_is_nothing_to_resume(tmp_path, source, wanted):
+    convert(make_plan(source, Options()), tmp_path / "target", resume=True)
+    assert content(tmp_path / "target") == wanted
+
+
+def test_resume_of_a_finished_run_is_done_already(tmp_path, source, wanted):
+    """A run that was killed between its last rename and its exit must not fail for ever."""
+    target = tmp_path / "target"
+    convert(make_plan(source, Options()), target)
+    (tmp_path / "target.partial").mkdir()
+    (tmp_path / "target.partial/journal.jsonl").write_text("{}")
+    convert(make_plan(source, Options()), target, resume=True)
+    assert content(target) == wanted and not (tmp_path / "target.partial").exists()
+    with pytest.raises(TargetError, match="exists already"):
+        convert(make_plan(source, Options(scale_dtype="float32")), target, resume=True)
+
+
+def test_a_bad_source_leaves_nothing_behind(tmp_path, source, monkeypatch):
+    break_after(monkeypatch, 5, FormatError("the source is damaged"))
+    with pytest.raises(FormatError, match="damaged"):
+        convert(make_plan(source, Options()), tmp_path / "target", workers=1)
+    assert sorted(os.listdir(tmp_path)) == ["source"]
+
+
+def test_an_error_before_the_first_layer_leaves_nothing_behind(tmp_path, source, monkeypatch):
+    monkeypatch.setattr(
+        os, "posix_fallocate", lambda *a: (_ for _ in ()).throw(OSError(28, "full"))
+    )
+    with pytest.raises(OSError, match="full"):
+        convert(make_plan(source, Options()), tmp_path / "target")
+    assert sorted(os.listdir(tmp_path)) == ["source"]
+
+
+def test_too_small_a_disk_is_found_first(tmp_path, source, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(OSError, match=r"the result needs .* GB, the file system has"):
+        convert(make_plan(source, Options()), tmp_path / "target")
+    assert sorted(os.listdir(tmp_path)) == ["source"]
+
+
+def test_targets_that_exist(tmp_path, source, wanted):
+    plan = make_plan(source, Options())
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/mine").write_text("mine")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    for name in ("file", "full", "dangling"):
+        with pytest.raises(TargetError, match="exists already"):
+            convert(plan, tmp_path / name)
+    assert (tmp_path / "file").read_text() == (tmp_path / "full/mine").read_text() == "mine"
+    (tmp_path / "empty").mkdir()
+    convert(plan, tmp_path / "empty")
+    assert content(tmp_path / "empty") == wanted
+
+
+def test_the_target_may_not_be_the_source(tmp_path, source):
+    before = content(source)
+    for target in (source, source / "inner", tmp_path / "other/../source"):
+        with pytest.raises(TargetError, match="lies inside the source"):
+            convert(make_plan(source, Options()), target)
+    assert content(source) == before
+
+
+def test_two_converters_on_one_target(tmp_path, source, wanted):
+    with (
+        Workspace(tmp_path / "target", "fingerprint", resume=False),
+        pytest.raises(TargetError, match="Another converter is writing"),
+    ):
+        convert(make_plan(source, Options()), tmp_path / "target")
+    convert(make_plan(source, Options()), tmp_path / "target")
+    assert content(tmp_path / "target") == wanted
+
+
+def test_a_result_that_does_not_verify_is_never_published(tmp_path, source, monkeypatch):
+    write_json = pipeline.write_json
+
+    def damaging(path, value):
+        data = path.with_name("model.safetensors")
+        damaged = bytearray(data.read_bytes())
+        damaged[-1] ^= 1
+        data.write_bytes(damaged)
+        write_json(path, value)
+
+    monkeypatch.setattr(pipeline, "write_json", damaging)
+    with pytest.raises(FormatError, match="do not have the sha256"):
+        convert(make_plan(source, Options()), tmp_path / "target")
+    assert not (tmp_path / "target").exists()
+
+
+JOBS = 8 * (7 + 2) + 3  # layers and norms of eight blocks; embeddings, last norm, head
+
+
+@pytest.mark.parametrize("moment", [0.1, 0.5, 0.9])
+def test_killed_and_resumed(tmp_path, moment):
+    """SIGKILL while layers are written; then --resume to the bytes of an undisturbed run."""
+    source = make_official(tmp_path / "source", "small")
+    script = ROOT / "converters/hf_to_bmos.py"
+    command = [sys.executable, str(script), str(source)]
+    subprocess.run([*command, str(tmp_path / "wanted")], check=True, capture_output=True)
+    journal = tmp_path / "target.partial/journal.jsonl"
+    process = subprocess.Popen(
+        [*command, str(tmp_path / "target"), "--jobs", "1"], stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 60
+    while process.poll() is None and time.monotonic() < deadline:
+        if journal.exists() and journal.read_text().count("\n") > moment * JOBS:
+            process.send_signal(signal.SIGKILL)
+            break
+        time.sleep(0.0005)
+    assert process.wait(60) == -signal.SIGKILL
+    assert not (tmp_path / "target").exists()
+    subprocess.run(
+        [*command, str(tmp_path / "target"), "--resume"], check=True, capture_output=True
+    )
+    assert content(tmp_path / "target") == content(tmp_path / "wanted")

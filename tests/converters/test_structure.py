@@ -1,0 +1,92 @@
+"""Which layers are quantized."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, MixtralConfig
+
+from converters.options import Options
+from converters.structure import decoder_linears, meta_model, refuse_experts
+from tests.tiny import CONFIGS, linear_names
+from vllm_bmos.checkpoint.format import FormatError, TensorSpec
+
+
+def described(config):
+    """config.json and the specs of the files of an architecture, without weights."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    specs = {name: TensorSpec("F32", tuple(t.shape)) for name, t in model.state_dict().items()}
+    return model, json.loads(config.to_json_string(use_diff=False)), specs
+
+
+@pytest.mark.parametrize("arch", sorted(CONFIGS))
+def test_every_projection_inside_the_blocks(arch):
+    model, config, specs = described(CONFIGS[arch]())
+    linears = decoder_linears(config, specs)
+    outside = {"model.decoder.project_in", "model.decoder.project_out"}  # OPT-350M
+    assert set(linears) == set(linear_names(model)) - outside
+    for name, shape in linears.items():
+        assert tuple(model.get_submodule(name).weight.shape) == shape
+    assert not [name for name in linears if "lm_head" in name or "embed" in name]
+
+
+def test_names_without_the_base_prefix():
+    _, config, specs = described(CONFIGS["opt"]())
+    short = {name.removeprefix("model."): spec for name, spec in specs.items()}
+    assert "decoder.layers.0.fc1" in decoder_linears(config, short)
+
+
+def test_a_missing_weight_is_named():
+    _, config, specs = described(CONFIGS["llama"]())
+    del specs["model.layers.1.mlp.up_proj.weight"]
+    with pytest.raises(FormatError, match=r"model\.layers\.1\.mlp\.up_proj\.weight is missing"):
+        decoder_linears(config, specs)
+
+
+def test_a_weight_of_another_shape_is_named():
+    _, config, specs = described(CONFIGS["llama"]())
+    specs["model.layers.1.mlp.up_proj.weight"] = TensorSpec("F32", (8, 8))
+    with pytest.raises(FormatError, match=r"up_proj\.weight: config\.json asks for \[160, 128\]"):
+        decoder_linears(config, specs)
+
+
+@pytest.mark.parametrize("model_type", ["no-such-model", None, ["llama"]])
+def test_unknown_models(model_type):
+    with pytest.raises(FormatError, match="transformers does not know"):
+        meta_model({"model_type": model_type}, 10)
+
+
+@pytest.mark.parametrize("layers", [10**9, "many", None])
+def test_a_config_cannot_ask_for_more_blocks_than_there_are_tensors(layers):
+    with pytest.raises(FormatError, match="num_hidden_layers"):
+        meta_model({"model_type": "llama", "num_hidden_layers": layers}, 100)
+
+
+def test_a_config_that_transformers_cannot_build():
+    config = {"model_type": "llama", "num_hidden_layers": 1, "hidden_size": "wide"}
+    with pytest.raises(FormatError, match="transformers cannot build this llama model"):
+        meta_model(config, 100)
+
+
+EXPERT = "model.layers.0.block_sparse_moe.experts.0.w1.weight"
+
+
+def test_moe_experts_are_refused_by_name_or_ignored():
+    specs = {EXPERT: TensorSpec("F32", (8, 8))}
+    with pytest.raises(FormatError, match=r"experts\.0\.w1\.weight: quantized MoE experts"):
+        refuse_experts(specs, Options())
+    refuse_experts(specs, Options(ignore=(r"\.experts",)))
+    refuse_experts({"model.layers.0.mlp.up_proj.weight": specs[EXPERT]}, Options())
+
+
+def test_a_moe_gate_stays_dense():
+    size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "vocab_size": 64}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    _, config, specs = described(MixtralConfig(**size, **heads, num_local_experts=2))
+    assert {name.rpartition(".")[2] for name in decoder_linears(config, specs)} == {
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+    }
