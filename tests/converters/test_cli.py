@@ -58,9 +58,10 @@ def test_dry_run_writes_nothing(tmp_path, source, capsys):
     assert main([str(source), str(tmp_path / "a"), "--dry-run", "--max-shard-size", "10KB"]) == 0
     out = capsys.readouterr().out
     assert "repack, E = 4, scales in float16" in out and "packed linear layers" in out
-    rows = {line[:28].strip(): line[28:].split() for line in out.splitlines() if line[:1] != " "}
-    parts = [int(rows[n][2].replace(",", "")) for n in rows if n and n != "total" and rows[n][2:]]
-    assert sum(parts[-4:]) == int(rows["total"][2].replace(",", ""))
+    table = [line.rsplit(maxsplit=3) for line in out.split("\n\n")[1].splitlines()[1:]]
+    *parts, total = ([int(cell.replace(",", "")) for cell in row[1:]] for row in table)
+    assert [sum(column) for column in zip(*parts, strict=True)] == total
+    assert total[2] == 34384
     assert sorted(file.name for file in tmp_path.iterdir()) == ["source"]
 
 

@@ -156,9 +156,10 @@ def test_a_bad_source_leaves_nothing_behind(tmp_path, source, monkeypatch):
 
 
 def test_an_error_before_the_first_layer_leaves_nothing_behind(tmp_path, source, monkeypatch):
-    monkeypatch.setattr(
-        os, "posix_fallocate", lambda *a: (_ for _ in ()).throw(OSError(28, "full"))
-    )
+    def full(*args):
+        raise OSError(28, "full")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(OSError, match="full"):
         convert(make_plan(source, Options()), tmp_path / "target")
     assert sorted(os.listdir(tmp_path)) == ["source"]
@@ -224,17 +225,23 @@ def test_a_result_that_does_not_verify_is_never_published(tmp_path, source, monk
 JOBS = 8 * (7 + 2) + 3  # layers and norms of eight blocks; embeddings, last norm, head
 
 
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A source that takes a while, and what it becomes."""
+    path = tmp_path_factory.mktemp("small")
+    source = make_official(path / "source", "small")
+    convert(make_plan(source, Options()), path / "wanted")
+    return source, content(path / "wanted")
+
+
 @pytest.mark.parametrize("moment", [0.1, 0.5, 0.9])
-def test_killed_and_resumed(tmp_path, moment):
+def test_killed_and_resumed(tmp_path, small, moment):
     """SIGKILL while layers are written; then --resume to the bytes of an undisturbed run."""
-    source = make_official(tmp_path / "source", "small")
-    script = ROOT / "converters/hf_to_bmos.py"
-    command = [sys.executable, str(script), str(source)]
-    subprocess.run([*command, str(tmp_path / "wanted")], check=True, capture_output=True)
+    source, wanted = small
+    target = tmp_path / "target"
+    command = [sys.executable, str(ROOT / "converters/hf_to_bmos.py"), str(source), str(target)]
     journal = tmp_path / "target.partial/journal.jsonl"
-    process = subprocess.Popen(
-        [*command, str(tmp_path / "target"), "--jobs", "1"], stderr=subprocess.DEVNULL
-    )
+    process = subprocess.Popen([*command, "--jobs", "1"], stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
     while process.poll() is None and time.monotonic() < deadline:
         if journal.exists() and journal.read_text().count("\n") > moment * JOBS:
@@ -242,8 +249,6 @@ def test_killed_and_resumed(tmp_path, moment):
             break
         time.sleep(0.0005)
     assert process.wait(60) == -signal.SIGKILL
-    assert not (tmp_path / "target").exists()
-    subprocess.run(
-        [*command, str(tmp_path / "target"), "--resume"], check=True, capture_output=True
-    )
-    assert content(tmp_path / "target") == content(tmp_path / "wanted")
+    assert not target.exists()
+    subprocess.run([*command, "--resume"], check=True, capture_output=True)
+    assert content(target) == wanted
