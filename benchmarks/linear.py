@@ -30,7 +30,7 @@ from harness import (
 from limits import measure_limits
 from peers import NAMES, Loaded, Mode, Peer, Weights, all_peers
 from plots import plot_linear
-from timing import CpuTimer, CudaTimer, Ring, Timer, time_interleaved
+from timing import CpuTimer, CudaTimer, Ring, Timer, time_interleaved, warm_up
 
 # (K, N) of the linear layers that the paper times (arXiv 2406.12311, table 5).
 SHAPES = {
@@ -42,6 +42,7 @@ QUICK_SHAPES = ["4096x4096", "4096x11008"]
 QUICK_M = [1, 512]
 MIN_COLD_BYTES = 256 * 10**6
 MAX_COPIES = 512
+WARM_UP_SECONDS = 0.5  # for each case; copies that are not reached are not timed either
 HOT_M = 16  # above it the weights' place no longer matters
 
 
@@ -164,7 +165,7 @@ def bench_shape(
                 ring = copies.ring(x[:M], hot)
                 errors[case] = relative_error(ring, truths[case.E][:M])
                 if errors[case] <= case.mode.tolerance:
-                    rings[case] = ring
+                    rings[case] = warm_up(ring, WARM_UP_SECONDS)
                     continue
                 wrong.append(
                     f"{case} K={weights.K} N={weights.N} M={M}: relative error "

@@ -8,8 +8,7 @@ a ring of one copy keeps them in the caches ("hot").
 import statistics
 import time
 from collections.abc import Callable, Hashable, Mapping
-from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -26,18 +25,17 @@ class Ring:
         calls: each does the work once on its copy.
         products: products that one call does (a ggml graph holds several); times are per product.
         output: y[M, N] from what a call returned; the returned value itself if not given.
-        thread: runs the calls if given, for libraries that keep state in each of their threads.
+        within: runs a function in the surroundings that the calls need: a thread, an environment.
     """
 
     calls: list[Callable[[], Any]]
     products: int = 1
     output: Callable[[Any], torch.Tensor] = lambda returned: returned
-    thread: Executor | None = None
+    within: Callable[[Callable[[], Any]], Any] = lambda function: function()
 
     def result(self, index: int) -> torch.Tensor:
         """y[M, N] of one call."""
-        call = self.calls[index]
-        return self.output(self.thread.submit(call).result() if self.thread else call())
+        return self.output(self.within(self.calls[index]))
 
 
 @dataclass(frozen=True)
@@ -65,6 +63,24 @@ def summarize(samples: list[float]) -> Summary:
     )
 
 
+def warm_up(ring: Ring, seconds: float) -> Ring:
+    """Make each call once, as libraries prepare themselves in the first call on a weight.
+
+    Returns:
+        The ring of those calls that were made before the time was over, at least one.
+    """
+
+    def run() -> int:
+        end = time.perf_counter() + seconds
+        for done, call in enumerate(ring.calls, start=1):
+            call()
+            if time.perf_counter() > end:
+                return done
+        return len(ring.calls)
+
+    return replace(ring, calls=ring.calls[: ring.within(run)])
+
+
 class Timer(Protocol):
     """Turns a ring into a function that times one round of it."""
 
@@ -76,7 +92,7 @@ class CpuTimer:
     """Wall-clock time of each call, Python dispatch included, going on round the ring.
 
     Args:
-        round_seconds: about how long one round may last; it has at least one timed call.
+        round_seconds: about how long one round may last, if it has more than one call.
         max_calls: timed calls in a round at most.
     """
 
@@ -98,13 +114,13 @@ class CpuTimer:
 
         def sample() -> list[float]:
             time.sleep(SETTLE_SECONDS)
-            # The untimed call wakes the thread pool and tells how many calls fit into the round.
-            expected = run_next() * ring.products / 1e6
-            calls = max(1, min(self.max_calls, int(self.round_seconds / expected)))
-            return [run_next() for _ in range(calls)]
+            # The first call wakes the thread pool and tells how many calls fit into the round. It
+            # counts only if it is so long that the wake-up does not.
+            first = run_next()
+            calls = min(self.max_calls, int(self.round_seconds * 1e6 / first / ring.products))
+            return [run_next() for _ in range(calls)] if calls else [first]
 
-        thread = ring.thread
-        return sample if thread is None else lambda: thread.submit(sample).result()
+        return lambda: ring.within(sample)
 
 
 class CudaTimer:

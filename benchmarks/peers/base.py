@@ -59,6 +59,11 @@ class Weights:
         """B[N, K] in `dtype`."""
         return unpack_signs(self.packed, self.K, dtype)
 
+    @cached_property
+    def dense(self) -> torch.Tensor:
+        """The weight c * B[N, K] in the dtype of x."""
+        return self.signs(self.dtype) * self.scale
+
     def activations(self, M: int, seed: int = 1) -> torch.Tensor:
         """x[M, K] from a normal distribution."""
         generator = torch.Generator().manual_seed(seed)

@@ -10,13 +10,10 @@ from typing_extensions import override
 import vllm_bmos.ops
 from peers.base import SCALE_DTYPE, Loaded, LoadedLayers, Mode, Peer, Weights
 from vllm_bmos.kernels import Kernel, LinearConfig, choose_kernel
+from vllm_bmos.kernels.cpu import MODE_ENV
 
-CPU_MODE_ENV = "VLLM_BMOS_CPU_MODE"
-CPU_MODES = (
-    Mode("default", "int8", 2e-3, 1),
-    Mode("exact", "bf16", 1.8e-3, 1),
-    Mode("int8", "int8", 2e-2, 1),
-)
+# The rounding of y is part of the error.
+EXACT_TOLERANCE = {torch.bfloat16: 1.8e-3, torch.float16: 3e-4, torch.float32: 2e-6}
 
 
 class Bmos(Peer):
@@ -35,7 +32,11 @@ class Bmos(Peer):
     @override
     def modes(self, weights: Weights) -> list[Mode]:
         kernel = choose_kernel(_config(weights, self.E))
-        return list(CPU_MODES) if kernel.name == "cpu" else [CPU_MODES[0]]
+        default = Mode("default", "int8", 2e-3, 1)
+        if kernel.name != "cpu":
+            return [default]
+        exact = Mode("exact", "int8", EXACT_TOLERANCE[weights.dtype], 1)
+        return [default, exact, Mode("int8", "int8", 2e-2, 1)]
 
     @override
     def experts(self, mode: Mode) -> tuple[int, ...]:
@@ -81,12 +82,13 @@ def _layer(
 
 @contextmanager
 def _cpu_mode(name: str) -> Iterator[None]:
-    before = os.environ.get(CPU_MODE_ENV)
-    os.environ[CPU_MODE_ENV] = name
+    """Set VLLM_BMOS_CPU_MODE; the CPU kernel reads it when it prepares a layer."""
+    before = os.environ.get(MODE_ENV)
+    os.environ[MODE_ENV] = name
     try:
         yield
     finally:
         if before is None:
-            del os.environ[CPU_MODE_ENV]
+            del os.environ[MODE_ENV]
         else:
-            os.environ[CPU_MODE_ENV] = before
+            os.environ[MODE_ENV] = before

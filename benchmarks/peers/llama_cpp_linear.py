@@ -5,8 +5,10 @@ As in llama.cpp itself, one graph holds several products, so that its threads st
 
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 from timing import Ring
@@ -85,7 +87,11 @@ class _LoadedGraphs(Loaded):
             starts = range(0, len(self.tensors) - products + 1, products)
             groups = [self.tensors[start : start + products] for start in starts[:most]]
         graphs = [Products(self.ggml, group, x, self.N) for group in groups]
-        return Ring([graph.run for graph in graphs], products, Products.result, _THREAD)
+        return Ring([graph.run for graph in graphs], products, Products.result, _in_own_thread)
+
+
+def _in_own_thread(function: Callable[[], Any]) -> Any:
+    return _THREAD.submit(function).result()
 
 
 def probe() -> None:

@@ -30,10 +30,9 @@ class TorchLinear(Peer):
 
     @override
     def load(self, weights: Weights, mode: Mode, copies: int, E: int) -> Loaded:
-        dense = weights.signs(weights.dtype) * weights.scale
         return LoadedLayers(
             [
-                partial(torch.nn.functional.linear, weight=dense.clone(), bias=None)
+                partial(torch.nn.functional.linear, weight=weights.dense.clone(), bias=None)
                 for _ in range(copies)
             ]
         )

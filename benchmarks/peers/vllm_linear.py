@@ -1,6 +1,8 @@
 """vLLM's own linear layers, chosen and loaded by vLLM's own code for this machine."""
 
+import copy
 import importlib.util
+from abc import abstractmethod
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -11,6 +13,7 @@ from typing_extensions import override
 from peers.base import Loaded, LoadedLayers, Mode, Peer, Weights
 
 W4_GROUP = 128
+Layer = Callable[[torch.Tensor], torch.Tensor]
 
 
 class VllmPeer(Peer):
@@ -34,13 +37,13 @@ class VllmPeer(Peer):
         torch.set_default_dtype(weights.dtype)  # vLLM's loader runs under the model's dtype
         try:
             with set_current_vllm_config(VllmConfig()):
-                return LoadedLayers([self.load_one(weights, mode) for _ in range(copies)])
+                return LoadedLayers(self.load_all(weights, copies))
         finally:
             torch.set_default_dtype(default)
 
-    def load_one(self, weights: Weights, mode: Mode) -> Callable[[torch.Tensor], torch.Tensor]:
-        """One layer as a function of x."""
-        raise NotImplementedError
+    @abstractmethod
+    def load_all(self, weights: Weights, copies: int) -> list[Layer]:
+        """Separate copies of the layer as functions of x."""
 
 
 class VllmBf16(VllmPeer):
@@ -55,13 +58,16 @@ class VllmBf16(VllmPeer):
         return [Mode(str(weights.dtype).removeprefix("torch."), "bf16", 4e-3, 16)]
 
     @override
-    def load_one(self, weights: Weights, mode: Mode) -> Callable[[torch.Tensor], torch.Tensor]:
+    def load_all(self, weights: Weights, copies: int) -> list[Layer]:
         from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 
-        layer: Any = torch.nn.Module()
-        layer.weight = _frozen(weights.signs(weights.dtype) * weights.scale)
-        dispatch_cpu_unquantized_gemm(layer, remove_weight=True)
-        return lambda x: layer.cpu_linear(x, layer.weight, None)
+        layers: list[Layer] = []
+        for _ in range(copies):
+            layer: Any = torch.nn.Module()
+            layer.weight = _frozen(weights.dense)
+            dispatch_cpu_unquantized_gemm(layer, remove_weight=True)
+            layers.append(partial(layer.cpu_linear, weight=layer.weight, bias=None))
+        return layers
 
 
 class VllmW8A8(VllmPeer):
@@ -74,7 +80,7 @@ class VllmW8A8(VllmPeer):
         return [Mode("w8a8", "int8", 2e-2, 8)] if weights.dtype == torch.bfloat16 else []
 
     @override
-    def load_one(self, weights: Weights, mode: Mode) -> Callable[[torch.Tensor], torch.Tensor]:
+    def load_all(self, weights: Weights, copies: int) -> list[Layer]:
         from vllm.model_executor.kernels.linear import init_int8_linear_kernel
 
         kernel = init_int8_linear_kernel(
@@ -83,15 +89,17 @@ class VllmW8A8(VllmPeer):
             input_symmetric=True,
             module_name="benchmark",
         )
-        layer: Any = torch.nn.Module()
-        layer.weight = _frozen(weights.signs(torch.int8) * 127)
-        layer.weight_scale = _frozen(
-            torch.full((weights.N, 1), weights.scale / 127, dtype=torch.float32)
-        )
-        layer.input_scale = layer.input_zero_point = layer.azp_adj = layer.bias = None
-        layer.logical_widths = [weights.N]
-        kernel.process_weights_after_loading(layer)
-        return partial(kernel.apply_weights, layer)
+        int8 = weights.signs(torch.int8) * 127
+        scale = torch.full((weights.N, 1), weights.scale / 127, dtype=torch.float32)
+        layers: list[Layer] = []
+        for _ in range(copies):
+            layer: Any = torch.nn.Module()
+            layer.weight, layer.weight_scale = _frozen(int8.clone()), _frozen(scale)
+            layer.input_scale = layer.input_zero_point = layer.azp_adj = layer.bias = None
+            layer.logical_widths = [weights.N]
+            kernel.process_weights_after_loading(layer)
+            layers.append(partial(kernel.apply_weights, layer))
+        return layers
 
 
 class VllmW4A16(VllmPeer):
@@ -107,7 +115,7 @@ class VllmW4A16(VllmPeer):
         return [Mode("w4a16", "bf16", 1e-2, 4 + 16 / W4_GROUP)]
 
     @override
-    def load_one(self, weights: Weights, mode: Mode) -> Callable[[torch.Tensor], torch.Tensor]:
+    def load_all(self, weights: Weights, copies: int) -> list[Layer]:
         from vllm.model_executor.kernels.linear import choose_mp_linear_kernel
         from vllm.model_executor.kernels.linear.mixed_precision.MPLinearKernel import (
             MPLinearLayerConfig,
@@ -138,7 +146,9 @@ class VllmW4A16(VllmPeer):
         layer.zeros = layer.bias = None
         kernel = choose_mp_linear_kernel(config)(config, "codes", "scales", "zeros")
         kernel.process_weights_after_loading(layer)
-        return partial(kernel.apply_weights, layer)
+        # Its loader is slow, and leaves nothing but tensors.
+        layers = [layer, *(copy.deepcopy(layer) for _ in range(copies - 1))]
+        return [partial(kernel.apply_weights, layer) for layer in layers]
 
 
 def _frozen(tensor: torch.Tensor) -> Any:

@@ -36,8 +36,7 @@ class Zentorch(Peer):
 
 def _load_bf16(weights: Weights) -> Callable[[torch.Tensor], torch.Tensor]:
     ops = torch.ops.zentorch
-    dense = weights.signs(weights.dtype) * weights.scale
-    packed = ops.zentorch_weight_prepack_for_linear(dense)
+    packed = ops.zentorch_weight_prepack_for_linear(weights.dense)
     return lambda x: ops.zentorch_linear_unary(x, packed, None, is_weight_prepacked=True)
 
 
