@@ -1,7 +1,8 @@
 """The layer on a CPU: csrc/, in one call per layer.
 
 The activations x * s_in are quantized for each token, in one of three modes. A layer keeps the
-mode that VLLM_BMOS_CPU_MODE names when it is prepared:
+mode that VLLM_BMOS_CPU_MODE names when it is prepared; unset, a float32 layer gets `exact`, since
+who serves in float32 asks for its digits, and every other layer `default`:
 
     default   16 bits, of which each group of 16 activations keeps 12: the error is a third of the
               rounding of a bfloat16 result, and no outlier channel is clipped
@@ -64,7 +65,7 @@ class CpuKernel(Kernel):
                 f"its library cannot be loaded ({error}); install a C++ compiler, then vllm-bmos "
                 "again"
             )
-        return True, f"{isa()}, mode {mode()}, {torch.get_num_threads()} threads"
+        return True, f"{isa()}, mode {mode(config.dtype)}, {torch.get_num_threads()} threads"
 
     @override
     def prepare(self, tensors: LinearTensors, config: LinearConfig) -> LinearTensors:
@@ -81,7 +82,7 @@ class CpuKernel(Kernel):
             shards,
             config.E,
             DTYPES[config.scale_dtype],
-            MODES[mode()],
+            MODES[mode(config.dtype)],
             packed.data_ptr(),
             torch.get_num_threads(),
         )
@@ -152,13 +153,13 @@ class CpuKernel(Kernel):
         return y
 
 
-def mode() -> str:
-    """The mode that VLLM_BMOS_CPU_MODE names, else "default".
+def mode(dtype: torch.dtype) -> str:
+    """The mode that VLLM_BMOS_CPU_MODE names, else "exact" for float32 and "default" for the rest.
 
     Raises:
         ValueError: if there is no such mode.
     """
-    name = os.environ.get(MODE_ENV) or "default"
+    name = os.environ.get(MODE_ENV) or ("exact" if dtype == torch.float32 else "default")
     if name not in MODES:
         raise ValueError(f"{MODE_ENV}={name}: unknown mode; the modes are {', '.join(MODES)}.")
     return name
