@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,16 @@ def cache_sizes() -> dict[str, int]:
             level = (index / "level").read_text().strip()
             sizes[f"L{level}"] = int(size.rstrip("KM")) * unit
     return sizes
+
+
+def resident_bytes(pids: Iterable[int]) -> int:
+    """Proportional resident memory of processes, of this one if none is given (Linux)."""
+    total = 0
+    for pid in list(pids) or [os.getpid()]:
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+            if line.startswith("Pss:"):
+                total += int(line.split()[1]) * 1024
+    return total
 
 
 def write_json(path: Path, result: dict[str, Any]) -> None:

@@ -60,7 +60,7 @@ class _LoadedGraphs(Loaded):
     def __init__(self, ggml: Ggml, weights: Weights, type_name: str, copies: int) -> None:
         self.ggml, self.N = ggml, weights.N
         number = TYPES[type_name]
-        rows = _pack_q4_0(weights) if type_name == "q4_0" else _quantize(ggml, number, weights)
+        rows = quantized_rows(ggml, type_name, weights)
         self.context = ggml.context(copies)
         self.tensors = [
             ggml.ggml_new_tensor_2d(self.context, number, weights.K, weights.N)
@@ -104,8 +104,11 @@ def probe() -> None:
             loaded.ring(weights.activations(M), hot=False).result(0)
 
 
-def _quantize(ggml: Ggml, number: int, weights: Weights) -> torch.Tensor:
-    return ggml.quantize(number, weights.signs(torch.float32) * weights.scale)
+def quantized_rows(ggml: Ggml, type_name: str, weights: Weights) -> torch.Tensor:
+    """The weight c * B in one of ggml's formats, without error: uint8 [N, bytes of a row]."""
+    if type_name == "q4_0":
+        return _pack_q4_0(weights)
+    return ggml.quantize(TYPES[type_name], weights.signs(torch.float32) * weights.scale)
 
 
 def _pack_q4_0(weights: Weights) -> torch.Tensor:

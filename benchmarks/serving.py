@@ -1,0 +1,180 @@
+"""How fast is a 7B model? BinaryMoS in vLLM beside dense vLLM and llama.cpp, on this machine.
+
+    python benchmarks/serving.py --json FILE
+
+Makes a LLaMA-2-7B-shaped model with random signs and scales, serves it with `vllm serve` and loads
+it with `vllm bench serve`. Dense bf16 is served with a few layers and extrapolated to all of them,
+as its time is linear in the layers; llama.cpp runs the same shape in Q1_0 and Q4_0.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from harness import (
+    REPOSITORY,
+    common_parser,
+    logger,
+    machine_facts,
+    positive_int,
+    print_facts,
+    start,
+    write_json,
+)
+from limits import measure_limits
+from make_model import (
+    SHAPES,
+    Shape,
+    make_bmos_model,
+    with_layers,
+    write_config,
+    write_tokenizer,
+)
+from peers.llama_cpp_linear import LlamaCpp
+
+sys.path.append(str(REPOSITORY))  # examples/ is not installed
+from vllm_bench import Load, measure_server
+
+DEFAULT_WORK = Path.home() / ".cache" / "vllm-bmos" / "benchmarks"
+PROVIDERS = ("vllm_bmos", "vllm_bf16", "llama_cpp")
+LLAMA_TYPES = ("q1_0", "q4_0")
+
+
+def main() -> int:
+    """Run the command line."""
+    args = parse_args()
+    start(args.threads)
+    machine = machine_facts(args.threads)
+    print_facts(machine)
+    machine["limits"] = measure_limits("cpu")
+    shape = with_layers(SHAPES[args.shape], args.layers)
+    args.work.mkdir(parents=True, exist_ok=True)
+    load = Load(args.batch, args.prompt, args.output, args.threads, options=args.serve_options)
+    rows: list[dict[str, Any]] = []
+    missing: dict[str, str] = {}
+    if "vllm_bmos" in args.providers:
+        rows.append(bench_bmos(shape, args, load))
+    if "vllm_bf16" in args.providers:
+        rows.append(bench_bf16(shape, args, load))
+    if "llama_cpp" in args.providers:
+        reason = LlamaCpp().unavailable()
+        if reason is None:
+            rows += [bench_llama_cpp(type_name, args) for type_name in LLAMA_TYPES]
+        else:
+            missing["llama_cpp"] = reason
+            logger.warning("missing: llama_cpp: %s", reason)
+    result = {
+        "machine": machine,
+        "model": {"shape": args.shape, "layers": shape.num_hidden_layers, "E": args.E},
+        "load": {"batches": args.batch, "prompt": args.prompt, "output": args.output},
+        "missing": missing,
+        "rows": rows,
+    }
+    write_json(args.json, result)
+    print_table(rows)
+    return 0
+
+
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = common_parser(__doc__.splitlines()[0], "serving.json")
+    parser.add_argument("--shape", choices=SHAPES, default="llama-7b")
+    parser.add_argument("--layers", type=positive_int, help="fewer decoder blocks, for a trial")
+    parser.add_argument("--E", type=positive_int, default=4, help="experts of every linear layer")
+    parser.add_argument("--batch", nargs="+", type=positive_int, default=[1, 4, 16])
+    parser.add_argument("--prompt", type=positive_int, default=512, help="tokens of the prefill")
+    parser.add_argument("--output", type=positive_int, default=64, help="tokens decoded a request")
+    parser.add_argument(
+        "--bf16-layers",
+        nargs=2,
+        type=positive_int,
+        default=[2, 6],
+        help="two depths of the dense model, from which its full depth is extrapolated",
+    )
+    parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=list(PROVIDERS))
+    parser.add_argument("--work", type=Path, default=DEFAULT_WORK, help="where the models are kept")
+    parser.add_argument(
+        "--serve-options", nargs=argparse.REMAINDER, default=[], help="for `vllm serve`"
+    )
+    return parser.parse_args(arguments)
+
+
+def bench_bmos(shape: Shape, args: argparse.Namespace, load: Load) -> dict[str, Any]:
+    """The packed model, and beside it one of two tiny layers for the memory of vLLM itself."""
+    model = args.work / f"{args.shape}-{shape.num_hidden_layers}-E{args.E}"
+    if not (model / "bmos_manifest.json").exists():  # the last file that is written
+        logger.info("making %s", model)
+        make_bmos_model(model, shape, args.E)
+    tiny = args.work / f"tiny-E{args.E}"
+    make_bmos_model(tiny, SHAPES["tiny"], args.E)
+    idle = Load([], load.prompt, load.output, load.threads, load.kv_gib, load.options)
+    baseline = measure_server(tiny, idle, [], args.work)["resident_bytes"]
+    logger.info("serving %s", model)
+    found = measure_server(model, load, [], args.work)
+    found["resident_gb"] = round(found.pop("resident_bytes") / 1e9, 3)
+    found["resident_beyond_vllm_gb"] = round(found["resident_gb"] - baseline / 1e9, 3)
+    return {"provider": "vllm_bmos", "mode": "default", **found}
+
+
+def bench_bf16(shape: Shape, args: argparse.Namespace, load: Load) -> dict[str, Any]:
+    """Dense vLLM at two depths; seconds per step and per prefill are extrapolated linearly."""
+    found: dict[int, dict[str, Any]] = {}
+    for layers in args.bf16_layers:
+        model = args.work / f"{args.shape}-{layers}-bf16"
+        shutil.rmtree(model, ignore_errors=True)
+        model.mkdir()
+        write_config(model, with_layers(shape, layers), None)
+        write_tokenizer(model, shape.vocab_size)
+        logger.info("serving %s", model)
+        found[layers] = measure_server(model, load, ["--load-format", "dummy"], args.work)
+    few, many = sorted(found)
+
+    def at_full_depth(rate: float, other: float) -> float:
+        per_layer = (1 / other - 1 / rate) / (many - few)
+        return round(1 / (1 / rate + per_layer * (shape.num_hidden_layers - few)), 2)
+
+    decode = [found[layers]["decode_tokens_per_s"] for layers in (few, many)]
+    prefill = [found[layers]["prefill_tokens_per_s"] for layers in (few, many)]
+    prefill_rate = at_full_depth(*prefill)
+    return {
+        "provider": "vllm_bf16",
+        "mode": "bfloat16",
+        "extrapolated_from_layers": [few, many],
+        "measured": {str(layers): value for layers, value in found.items()},
+        "decode_tokens_per_s": {B: at_full_depth(decode[0][B], decode[1][B]) for B in decode[0]},
+        "prefill_tokens_per_s": prefill_rate,
+        "ttft_ms": round(1e3 * args.prompt / prefill_rate, 1),
+    }
+
+
+def bench_llama_cpp(type_name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """llama.cpp on the same shape, in a process of its own."""
+    command = [sys.executable, str(Path(__file__).with_name("llama_bench.py"))]
+    command += ["--shape", args.shape, "--type", type_name, "--work", str(args.work)]
+    command += ["--prompt", str(args.prompt), "--output", str(args.output)]
+    command += ["--threads", str(args.threads), "--batch", *map(str, args.batch)]
+    if args.layers is not None:
+        command += ["--layers", str(args.layers)]
+    logger.info("llama.cpp %s", type_name)
+    run = subprocess.run(command, capture_output=True, text=True)
+    if run.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{run.stderr[-2000:]}")
+    return {"provider": "llama_cpp", "mode": type_name, **json.loads(run.stdout)}
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    """Print one line for each provider."""
+    batches = list(rows[0]["decode_tokens_per_s"]) if rows else []
+    print(f"{'tokens/s':24}" + "".join(f"{'batch ' + B:>10}" for B in batches) + f"{'prefill':>10}")
+    for row in rows:
+        cells = [row["decode_tokens_per_s"][B] for B in batches] + [row["prefill_tokens_per_s"]]
+        name = f"{row['provider']}:{row['mode']}"
+        print(f"{name:24}" + "".join(f"{cell:10.2f}" for cell in cells))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
