@@ -72,11 +72,13 @@ def parse_table(table: Mapping[str, Any], source: str) -> dict[str, tuple[Tile, 
     known = [field.name for field in fields(Tile)]
     parsed: dict[str, tuple[Tile, ...]] = {}
     for name, rows in table.items():
+        if not isinstance(rows, list):
+            raise ValueError(f"{source}: {name}: expected a list of tiles, found {rows!r}")
         tiles: list[Tile] = []
         for index, row in enumerate(rows):
             where = f"{source}: {name}[{index}]"
-            if sorted(row) != sorted(known):
-                raise ValueError(f"{where}: expected the fields {known}, found {sorted(row)}")
+            if not isinstance(row, dict) or sorted(row) != sorted(known):
+                raise ValueError(f"{where}: expected the fields {known}, found {row!r}")
             try:
                 tile = Tile(**row)
             except ValueError as error:
@@ -96,7 +98,14 @@ def table() -> dict[str, tuple[Tile, ...]]:
     found = parse_table(json.loads(TABLE_FILE.read_text()), TABLE_FILE.name)
     override = os.environ.get(CONFIGS_ENV)
     if override:
-        found |= parse_table(json.loads(Path(override).read_text()), f"{CONFIGS_ENV}={override}")
+        source = f"{CONFIGS_ENV}={override}"
+        try:
+            user_table = json.loads(Path(override).read_text())
+        except (OSError, json.JSONDecodeError) as error:
+            raise ValueError(f"{source}: cannot read this table of tiles: {error}") from None
+        if not isinstance(user_table, dict):
+            raise ValueError(f"{source}: expected an object of tile lists by architecture")
+        found |= parse_table(user_table, source)
     return found
 
 
