@@ -10,7 +10,7 @@ from converters.sources.official import OfficialSource
 from converters.sources.onebit import OneBitSource
 from converters.sources.store import open_directory
 from vllm_bmos.checkpoint.format import CONFIG_FILE, QUANT_METHOD, FormatError
-from vllm_bmos.checkpoint.reader import inside, read_json
+from vllm_bmos.checkpoint.reader import read_json
 
 __all__ = ["Source", "open_source"]
 
@@ -27,7 +27,7 @@ def open_source(path: Path, options: Options) -> Source:
         raise FormatError(
             f"{path} is neither a directory nor a .gguf file. Download the model first."
         )
-    config = read_json(inside(path, CONFIG_FILE))
+    config = read_json(path / CONFIG_FILE)
     quantization = config.get("quantization_config")
     if quantization is not None:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else None

@@ -46,7 +46,10 @@ LAYER_NORM_EPS = 1e-5
 
 
 class FormatError(ValueError):
-    """A checkpoint breaks the format. The message names the tensor or key, and what to do."""
+    """A checkpoint breaks the format. The message, one line, names the tensor or key."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split()))  # it may quote a library's longer message
 
 
 class TensorSpec(NamedTuple):

@@ -21,6 +21,8 @@ from vllm_bmos.checkpoint.format import (
     owner_of,
 )
 
+MAX_JSON_BYTES = 256 << 20  # an index of a million tensors needs less
+
 
 class Checkpoint:
     """A packed checkpoint directory whose names, dtypes, shapes and version are all valid.
@@ -219,15 +221,17 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
-        FormatError: if the file is missing, unreadable or not an object.
+        FormatError: if the file is missing, not a regular file of its directory, too large,
+            unreadable or not an object.
     """
+    file = inside(path.parent, path.name)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FormatError(
-            f"{path} is missing. Check the directory's name, or convert or download it again."
-        ) from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        if file.stat().st_size > MAX_JSON_BYTES:
+            raise FormatError(f"{path} has more than {MAX_JSON_BYTES} bytes. Download it again.")
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except FormatError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
         raise FormatError(f"{path} cannot be read as JSON ({error}). Download it again.") from None
     if not isinstance(value, dict):
         raise FormatError(f"{path}: expected a JSON object, found {type(value).__name__}.")

