@@ -20,9 +20,13 @@ from setuptools.command.build_ext import build_ext
 
 BASELINE = ["bmos", "call", "few_tokens", "many_tokens", "isa", "kernels_portable"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
-AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni"]
+AVX512 = [
+    *AVX2,
+    *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vbmi", "-mavx512vnni"),
+]
 # The macro that says an instruction set is in the library: its source and flags.
 X86 = {
+    "BMOS_AVX2": ("kernels_avx2", AVX2),
     "BMOS_AVX512": ("kernels_avx512", AVX512),
     "BMOS_AMX": ("kernels_amx", ["-mamx-tile", "-mamx-int8"]),
 }

@@ -33,19 +33,23 @@ void ask_for_large_pages(void* start, int64_t bytes) {
 #endif
 }
 
-// words[Kpad/16][32] of the rows of one block, of which `rows` exist.
+// dword[columns][32] of the rows of one block, of which `rows` exist.
 void pack_block(const uint8_t* bits, int64_t row_bytes, int rows, int64_t columns,
-                uint16_t* words) {
+                uint32_t* words) {
     for (int64_t column = 0; column < columns; ++column) {
-        const int64_t byte = 2 * column;
-        for (int lane = 0; lane < kBlock; ++lane) {
-            const int row = lane_row(lane);
-            unsigned word = 0;
-            if (row < rows && byte < row_bytes) {
-                word = bits[row * row_bytes + byte];
-                if (byte + 1 < row_bytes) word |= bits[row * row_bytes + byte + 1] << 8;
+        const int64_t left = std::clamp<int64_t>(row_bytes - 4 * column, 0, 4);
+        for (int row = 0; row < kBlock; ++row) {
+            uint8_t bytes[4] = {};
+            if (row < rows) {
+                const uint8_t* from = bits + row * row_bytes + 4 * column;
+                if (left == 4) {
+                    std::memcpy(bytes, from, 4);
+                } else {
+                    std::copy(from, from + left, bytes);
+                }
             }
-            words[column * kBlock + lane] = uint16_t(word);
+            words[column * kBlock + row] = bytes[0] | bytes[1] << 8 | bytes[2] << 16 |
+                                           uint32_t(bytes[3]) << 24;
         }
     }
 }
@@ -79,12 +83,12 @@ int bmos_pack(const uint8_t* bits, int64_t K, const int64_t* shard_sizes, int64_
     for (int64_t s = 0; s < S; ++s) blocks += blocks_of(shard_sizes[s]);
     run(threads, [&](const Team& team) {
         each_shard(*h, team.part(blocks), [&](int64_t s, int64_t first, int64_t last) {
-            auto* words = const_cast<uint16_t*>(h->words_of(s));
+            auto* words = const_cast<uint32_t*>(h->words_of(s));
             for (int64_t b = first; b < last; ++b) {
                 const int64_t row = b * kBlock;
                 pack_block(bits + (h->column_of(s) + row) * row_bytes, row_bytes,
-                           int(std::min<int64_t>(kBlock, h->shard_sizes[s] - row)), Kp / 16,
-                           words + b * 2 * Kp);
+                           int(std::min<int64_t>(kBlock, h->shard_sizes[s] - row)), Kp / 32,
+                           words + b * Kp);
             }
         });
     });

@@ -14,17 +14,19 @@ struct Own {
     float* G;         // [M, S, E]
     int32_t* totals;  // [kUnit, kBlock]
     Grid* grids;      // [M]
-    int16_t* lut;     // [M, Kp/4, 16]
-    int32_t* factor;  // [M, Kp/16, 2]
+    uint8_t* sums;    // [M, Kp/4, 16, 2]
+    int32_t* factor;  // [M, Kp/16]
     BlockScales scales;
 
     Own(const Call& c, Arena& arena)
         : G(arena.take<float>(c.M * c.h.S * c.h.E)),
           totals(arena.take<int32_t>(kUnit * kBlock)),
           grids(arena.take<Grid>(c.M)),
-          lut(arena.take<int16_t>(c.M * c.h.K_padded() * 4)),
-          factor(arena.take<int32_t>(c.M * c.h.K_padded() / 8)),
+          sums(arena.take<uint8_t>(c.M * c.h.K_padded() * 8)),
+          factor(arena.take<int32_t>(c.M * c.h.K_padded() / 16)),
           scales(c, arena) {}
+
+    Tables tables(int64_t m, int64_t Kp) const { return {sums + m * Kp * 8, factor + m * Kp / 16}; }
 };
 
 class FewTokens {
@@ -128,19 +130,18 @@ private:
             const int32_t* bits = max_bits + (m * h.S + s) * chunks;
             own.grids[m] = Grid(*std::max_element(bits, bits + chunks), h.planes);
             if (!own.grids[m].finite()) continue;
-            c.f.tables(t + (m * h.S + s) * Kp, Kp, own.grids[m].inverse, own.lut + m * Kp * 4,
-                       own.factor + m * Kp / 8);
+            c.f.tables(t + (m * h.S + s) * Kp, Kp, own.grids[m].inverse,
+                       own.tables(m, Kp));
         }
         const int64_t N = h.shard_sizes[s], start = h.column_of(s);
-        const uint16_t* words = h.words_of(s);
+        const uint32_t* words = h.words_of(s);
         for (int64_t block = first; block < last; block += kUnit) {
             const int count = int(std::min<int64_t>(kUnit, last - block));
             for (int64_t m = 0; m < c.M; ++m) {
                 const bool more = m == 0 && block + 2 * kUnit <= last;
                 if (own.grids[m].finite()) {
-                    const uint16_t* unit = words + block * 2 * Kp;
-                    c.f.gemv(unit, count, Kp, own.lut + m * Kp * 4, own.factor + m * Kp / 8,
-                             more ? unit + kUnit * 2 * Kp : nullptr, own.totals);
+                    const uint32_t* unit = words + block * Kp;
+                    c.f.gemv(unit, count, Kp, own.tables(m, Kp), more ? unit + kUnit * Kp : unit, own.totals);
                 } else {
                     std::memset(own.totals, 0, kUnit * kBlock * sizeof(int32_t));
                 }

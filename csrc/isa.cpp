@@ -32,10 +32,10 @@ struct Cpu {
         asm volatile("xgetbv" : "=a"(saved), "=d"(high) : "c"(0));
         const auto has = [](unsigned bits, unsigned all) { return (bits & all) == all; };
         avx2 = has(saved, 0x6) && fma && f16c && has(leaf7_b, 1u << 5);
-        // F, DQ, BW and VL; VNNI.
+        // F, DQ, BW and VL; VBMI and VNNI.
         avx512 = avx2 && has(saved, 0xe6) &&
                  has(leaf7_b, 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31) &&
-                 has(leaf7_c, 1u << 11);
+                 has(leaf7_c, 1u << 1 | 1u << 11);
         // TILE and INT8; Linux gives a process the tiles' registers when it asks for them.
         amx = avx512 && has(saved, 0x60000) && has(leaf7_d, 1u << 24 | 1u << 25) && may_use_tiles();
     }

@@ -28,14 +28,16 @@ constexpr int64_t kMaxK = 65536;
 
 // Packed weights of one shard, after the header:
 //
-//     uint16 word[ceil(N/32)][Kpad/16][32]
+//     uint32 dword[ceil(N/32)][Kpad/32][32]
 //
-// A word holds 16 consecutive weights of one row, as in the checkpoint. The row of lane L is
-// lane_row(L): with it, unpacking the words of two columns within 128-bit lanes gives 32
-// weights a row, with the rows in order.
-constexpr int lane_row(int lane) {
-    return 16 * (lane % 8 / 4) + 4 * (lane / 8) + lane % 4;
-}
+// A dword holds 32 consecutive weights of one row, as in the checkpoint, and 32 rows lie side by
+// side: the lanes of two AVX-512 registers.
+
+// Memory for the tables of one token.
+struct Tables {
+    uint8_t* sums;    // [Kpad/4][16][2]
+    int32_t* factor;  // [Kpad/16]: 1 << shift
+};
 
 struct Kernels {
     const char* name;
@@ -53,15 +55,14 @@ struct Kernels {
     void (*mix)(const float* x, int64_t ldx, int T, const void* s_in, int64_t lds, int dtype,
                 int64_t E, const float* G, int n, int padded, float* t, int32_t* max_bits);
 
-    // Quantize t[Kpad] to q << shift with |q| <= 2047 and tabulate the sums of four of them:
-    //     lut[Kpad/4][16]: entry b is the sum of +q where a bit of b is 1 and -q where it is 0
-    //     factor[Kpad/16][2]: 1 << shift in the low half of the first, high half of the second
-    void (*tables)(const float* t, int64_t Kpad, float inverse, int16_t* lut, int32_t* factor);
+    // Quantize t[Kpad] to q << shift with |q| <= kMantissa, and tabulate for every four weights
+    // the sums of +q where a bit is 1 and -q where it is 0. The layout is gemv's own business.
+    void (*tables)(const float* t, int64_t Kpad, float inverse, Tables tables);
 
     // total[blocks][32]: the sum of +-q << shift over K, of `blocks` <= kUnit blocks of rows.
-    // `next` is what will be read after `words`, to be fetched meanwhile, or null.
-    void (*gemv)(const uint16_t* words, int blocks, int64_t Kpad, const int16_t* lut,
-                 const int32_t* factor, const uint16_t* next, int32_t* total);
+    // As many blocks at `next` are fetched into the cache meanwhile.
+    void (*gemv)(const uint32_t* words, int blocks, int64_t Kpad, Tables tables,
+                 const uint32_t* next, int32_t* total);
 
     // Quantize t[Kpad] into `planes` planes of signed bytes, plane p at A + p * stride:
     //     A[Kpad/64][16][64], of which this is one row (A points at it)
@@ -69,12 +70,14 @@ struct Kernels {
     void (*digits)(const float* t, int64_t Kpad, float inverse, int planes, int8_t* A,
                    int64_t stride, int32_t* sums);
 
-    // B[Kpad/64][2][16][64] bytes of 0 and 1: row i of 16 has four weights of 16 rows each, in the
-    // order of A's bytes.
-    void (*expand)(const uint16_t* words, int64_t Kpad, uint8_t* B);
+    // B[width/64][2][16][64] bytes of 0 and 1 of `width` weights of 32 rows, a multiple of 64:
+    // row i of 16 has four weights each of 16 rows of the layer, in the order of A's bytes.
+    void (*expand)(const uint32_t* words, int64_t width, uint8_t* B);
 
-    // C[tiles][16][32] = A[tiles][Kpad/64][16][64] @ B; only `rows` rows of a tile are needed.
-    void (*gemm)(const int8_t* A, int tiles, int rows, int64_t Kpad, const uint8_t* B, int32_t* C);
+    // C[tiles][16][32] = or += A[tiles][width/64][16][64] @ B. Tile i of A is at A + i * stride.
+    // Only `rows` rows of a tile are needed; the others are there.
+    void (*gemm)(const int8_t* A, int64_t stride, int tiles, int rows, int64_t width,
+                 const uint8_t* B, int32_t* C, bool add);
     // What a thread does before its first and after its last gemm.
     void (*begin)(void* state);
     void (*end)(void* state);
@@ -98,8 +101,8 @@ constexpr int kStateBytes = 64;
 constexpr float mode_limit(int planes) {
     return planes == 1 ? 127.0f : planes == 2 ? 32624.0f : 1073741824.0f;
 }
-// In the default mode a group of 16 activations keeps twelve bits: |q| <= kMantissa, so that the
-// sum of 16 of them fits 16 bits.
-constexpr int kMantissa = 2047;
+// In the default mode a group of 16 activations keeps fourteen bits, so that the sum of four of
+// them fits 16 bits.
+constexpr int kMantissa = 8191;
 
 }  // namespace bmos

@@ -39,37 +39,50 @@ void end(void* state) {
     }
 }
 
+constexpr int kStride = kBlock * sizeof(int32_t);
+constexpr int kTileSums = 16 * kBlock;
+
 // Two tiles of activations by two of weights.
-void gemm_two(const int8_t* A, int64_t Kpad, const uint8_t* B, int32_t* C) {
-    const int8_t* A1 = A + Kpad * 16;
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    for (int64_t k = 0; k < Kpad; k += 64) {
-        _tile_loadd(4, A, 64);
+void gemm_two(const int8_t* A, int64_t stride, int64_t width, const uint8_t* B, int32_t* C,
+              bool add) {
+    if (add) {
+        _tile_loadd(0, C, kStride);
+        _tile_loadd(1, C + 16, kStride);
+        _tile_loadd(2, C + kTileSums, kStride);
+        _tile_loadd(3, C + kTileSums + 16, kStride);
+    } else {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+    }
+    for (int64_t k = 0; k < width; k += 64) {
         _tile_loadd(6, B, 64);
-        _tile_loadd(7, B + 1024, 64);
-        _tile_loadd(5, A1, 64);
+        _tile_loadd(4, A, 64);
+        _tile_loadd(5, A + stride, 64);
         _tile_dpbsud(0, 4, 6);
-        _tile_dpbsud(1, 4, 7);
+        _tile_loadd(7, B + 1024, 64);
         _tile_dpbsud(2, 5, 6);
+        _tile_dpbsud(1, 4, 7);
         _tile_dpbsud(3, 5, 7);
         A += 1024;
-        A1 += 1024;
         B += 2048;
     }
-    constexpr int stride = kBlock * sizeof(int32_t);
-    _tile_stored(0, C, stride);
-    _tile_stored(1, C + 16, stride);
-    _tile_stored(2, C + 16 * kBlock, stride);
-    _tile_stored(3, C + 16 * kBlock + 16, stride);
+    _tile_stored(0, C, kStride);
+    _tile_stored(1, C + 16, kStride);
+    _tile_stored(2, C + kTileSums, kStride);
+    _tile_stored(3, C + kTileSums + 16, kStride);
 }
 
-void gemm_one(const int8_t* A, int64_t Kpad, const uint8_t* B, int32_t* C) {
-    _tile_zero(0);
-    _tile_zero(1);
-    for (int64_t k = 0; k < Kpad; k += 64) {
+void gemm_one(const int8_t* A, int64_t width, const uint8_t* B, int32_t* C, bool add) {
+    if (add) {
+        _tile_loadd(0, C, kStride);
+        _tile_loadd(1, C + 16, kStride);
+    } else {
+        _tile_zero(0);
+        _tile_zero(1);
+    }
+    for (int64_t k = 0; k < width; k += 64) {
         _tile_loadd(4, A, 64);
         _tile_loadd(6, B, 64);
         _tile_loadd(7, B + 1024, 64);
@@ -78,18 +91,18 @@ void gemm_one(const int8_t* A, int64_t Kpad, const uint8_t* B, int32_t* C) {
         A += 1024;
         B += 2048;
     }
-    constexpr int stride = kBlock * sizeof(int32_t);
-    _tile_stored(0, C, stride);
-    _tile_stored(1, C + 16, stride);
+    _tile_stored(0, C, kStride);
+    _tile_stored(1, C + 16, kStride);
 }
 
-void gemm(const int8_t* A, int tiles, int, int64_t Kpad, const uint8_t* B, int32_t* C) {
+void gemm(const int8_t* A, int64_t stride, int tiles, int, int64_t width, const uint8_t* B,
+          int32_t* C, bool add) {
     for (; tiles >= 2; tiles -= 2) {
-        gemm_two(A, Kpad, B, C);
-        A += 2 * Kpad * 16;
-        C += 2 * 16 * kBlock;
+        gemm_two(A, stride, width, B, C, add);
+        A += 2 * stride;
+        C += 2 * kTileSums;
     }
-    if (tiles) gemm_one(A, Kpad, B, C);
+    if (tiles) gemm_one(A, width, B, C, add);
 }
 
 }  // namespace

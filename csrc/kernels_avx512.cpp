@@ -1,4 +1,4 @@
-// AVX-512 with VNNI. One function of each kind of kernels.h; see there for the layouts.
+// AVX-512 with VNNI and VBMI. One function of each kind of kernels.h; see there for the layouts.
 
 #include "vec_avx512.h"
 
@@ -12,87 +12,113 @@ constexpr int kRow = 64;                 // bytes of a row of a tile
 constexpr int kTileBytes = 16 * kRow;    // 16 rows
 constexpr int kPanelBytes = 2 * kTileBytes;  // B of 64 weights and 32 rows
 
-// Entry i of a table of q[0..3] is the sum of q[j] with the sign of bit j of i: pairs of signs for
-// vpdpwssd, in the order of lanes that packs_epi32 puts right.
+// gcc 12 copies and spills the accumulators of the intrinsics; it leaves these in place.
+inline void add_products(I& sum, I words, I factors) {
+    asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(words), "v"(factors));
+}
+inline void add_selected(I& sum, I bits, I bytes) {
+    asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(bits), "v"(bytes));
+}
+
+// Entry i of a table of q[0..3] is the sum of q[j] with the sign of bit j of i: pairs of signs.
 struct Signs {
     int16_t pair[2][32] = {};
     constexpr Signs() {
-        for (int lane = 0; lane < 16; ++lane) {
-            const int entry = lane % 4 + lane % 8 / 4 * 8 + lane / 8 * 4;
-            for (int j = 0; j < 4; ++j) pair[j / 2][2 * lane + j % 2] = entry >> j & 1 ? 1 : -1;
+        for (int i = 0; i < 16; ++i) {
+            for (int j = 0; j < 4; ++j) pair[j / 2][2 * i + j % 2] = i >> j & 1 ? 1 : -1;
         }
     }
 };
 alignas(64) constexpr Signs kSigns;
 
-void tables(const float* t, int64_t Kpad, float inverse, int16_t* lut, int32_t* factor) {
+// The low (then the high) nibble of each byte of a dword has a table of 16 sums; the tables of the
+// four bytes are one operand of vpermb. There is one such operand for the lower bytes of the sums
+// and one for the upper bytes.
+//
+//     sums[Kpad/32][nibble][lower, upper][byte of the dword][16]
+void tables(const float* t, int64_t Kpad, float inverse, bmos::Tables tables) {
     const I low = _mm512_load_si512(kSigns.pair[0]), high = _mm512_load_si512(kSigns.pair[1]);
-    for (int64_t k = 0; k < Kpad; k += 16) {
-        int shift;
-        alignas(32) int16_t q[16];
-        store_i16(q, quantize_group(t + k, inverse, &shift));
-        *factor++ = 1 << shift;
-        *factor++ = 1 << (16 + shift);
-        for (int four = 0; four < 4; ++four, lut += 16) {
-            int32_t pair[2];
-            memcpy(pair, q + 4 * four, sizeof(pair));
-            I sum = _mm512_dpwssd_epi32(_mm512_setzero_si512(), low, _mm512_set1_epi32(pair[0]));
-            sum = _mm512_dpwssd_epi32(sum, high, _mm512_set1_epi32(pair[1]));
-            _mm256_storeu_si256(reinterpret_cast<__m256i*>(lut),
-                                _mm256_packs_epi32(_mm512_castsi512_si256(sum),
-                                                   _mm512_extracti64x4_epi64(sum, 1)));
+    // Packing leaves four entries of byte 0, 1, 2, 3 in each 128-bit lane.
+    const I transpose = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    const I lower = _mm512_set1_epi16(0xff);
+    uint8_t* to = tables.sums;
+    for (int64_t k = 0; k < Kpad; k += 32) {
+        alignas(64) int32_t q[16];  // pairs
+        for (int group = 0; group < 2; ++group) {
+            const V v = mul(load(t + k + 16 * group), set(inverse));
+            const int shift = shift_of(v);
+            store_i16(reinterpret_cast<int16_t*>(q + 8 * group), round(mul(v, set(kDown[shift]))));
+            tables.factor[k / 16 + group] = 1 << shift;
+        }
+        for (int nibble = 0; nibble < 2; ++nibble, to += 128) {
+            I sums[4];
+#pragma GCC unroll 4
+            for (int byte = 0; byte < 4; ++byte) {
+                const int32_t* four = q + 4 * byte + 2 * nibble;
+                sums[byte] = _mm512_setzero_si512();
+                add_products(sums[byte], low, _mm512_set1_epi32(four[0]));
+                add_products(sums[byte], high, _mm512_set1_epi32(four[1]));
+            }
+            const I s01 = _mm512_packs_epi32(sums[0], sums[1]);
+            const I s23 = _mm512_packs_epi32(sums[2], sums[3]);
+            const I lowers = _mm512_packus_epi16(_mm512_and_si512(s01, lower),
+                                                 _mm512_and_si512(s23, lower));
+            const I uppers = _mm512_packs_epi16(_mm512_srai_epi16(s01, 8),
+                                                _mm512_srai_epi16(s23, 8));
+            _mm512_storeu_si512(to, _mm512_permutexvar_epi32(transpose, lowers));
+            _mm512_storeu_si512(to + 64, _mm512_permutexvar_epi32(transpose, uppers));
         }
     }
 }
 
-inline I table(const int16_t* lut) {
-    return _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(lut)));
-}
-
-// vpermw reads five bits of every word, and the upper half of each table repeats the lower: no
-// mask is needed. A word's sum of 16 fits 16 bits; two vpdpwssd widen it, even and odd lanes.
-template <int R>
-void gemv_of(const uint16_t* words, int64_t Kpad, const int16_t* lut, const int32_t* factor,
-             const uint16_t* next, int32_t* total) {
-    const int64_t stride = Kpad / 16 * kBlock;
-    I even[R], odd[R];
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) even[r] = odd[r] = _mm512_setzero_si512();
-    for (int64_t k = 0; k < Kpad / 16; ++k) {
-        const I t0 = table(lut), t1 = table(lut + 16), t2 = table(lut + 32), t3 = table(lut + 48);
-        const I in_low = _mm512_set1_epi32(factor[0]), in_high = _mm512_set1_epi32(factor[1]);
-        lut += 64;
-        factor += 2;
-#pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) {
-            const I w = _mm512_loadu_si512(words + r * stride);
-            if (next) _mm_prefetch(reinterpret_cast<const char*>(next + r * kBlock), _MM_HINT_T1);
-            const I s01 = _mm512_add_epi16(
-                _mm512_permutexvar_epi16(w, t0),
-                _mm512_permutexvar_epi16(_mm512_srli_epi16(w, 4), t1));
-            const I s23 = _mm512_add_epi16(
-                _mm512_permutexvar_epi16(_mm512_srli_epi16(w, 8), t2),
-                _mm512_permutexvar_epi16(_mm512_srli_epi16(w, 12), t3));
-            const I s = _mm512_add_epi16(s01, s23);
-            even[r] = _mm512_dpwssd_epi32(even[r], s, in_low);
-            odd[r] = _mm512_dpwssd_epi32(odd[r], s, in_high);
+// Z registers of 16 rows of the layer: look up the sums of four weights, a nibble of every byte at
+// a time, and add the four of a dword, times their factors. Lower bytes are unsigned and uppers
+// signed, as vpdpbusd has them on its two sides.
+template <int Z>
+void gemv_of(const uint32_t* words, int64_t Kpad, bmos::Tables tables, const uint32_t* next,
+             int32_t* total) {
+    const int64_t block = Kpad;  // dwords
+    const I nibble = _mm512_set1_epi8(15), table = _mm512_set1_epi32(0x30201000);
+    const uint8_t* sums = tables.sums;
+    I lower[Z], upper[Z];
+#pragma GCC unroll 8
+    for (int z = 0; z < Z; ++z) lower[z] = upper[z] = _mm512_setzero_si512();
+    for (int64_t k = 0; k < Kpad / 32; ++k) {
+        const I low0 = _mm512_loadu_si512(sums), low1 = _mm512_loadu_si512(sums + 64);
+        const I high0 = _mm512_loadu_si512(sums + 128), high1 = _mm512_loadu_si512(sums + 192);
+        sums += 256;
+        // A byte each for the two groups of 16.
+        const I factor = _mm512_set1_epi32(tables.factor[2 * k] * 0x101 +
+                                           tables.factor[2 * k + 1] * 0x1010000);
+#pragma GCC unroll 8
+        for (int z = 0; z < Z; ++z) {
+            const I w = _mm512_loadu_si512(words + z / 2 * block + z % 2 * 16);
+            _mm_prefetch(reinterpret_cast<const char*>(next + z * 16), _MM_HINT_T1);
+            // (w & nibble) | table
+            const I low = _mm512_ternarylogic_epi32(w, nibble, table, 0xea);
+            const I high =
+                _mm512_ternarylogic_epi32(_mm512_srli_epi32(w, 4), nibble, table, 0xea);
+            add_selected(lower[z], _mm512_permutexvar_epi8(low, low0), factor);
+            add_selected(upper[z], factor, _mm512_permutexvar_epi8(low, low1));
+            add_selected(lower[z], _mm512_permutexvar_epi8(high, high0), factor);
+            add_selected(upper[z], factor, _mm512_permutexvar_epi8(high, high1));
         }
         words += kBlock;
-        if (next) next += R * kBlock;
+        next += Z * 16;
     }
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-        _mm512_storeu_si512(total + r * kBlock, _mm512_unpacklo_epi32(even[r], odd[r]));
-        _mm512_storeu_si512(total + r * kBlock + 16, _mm512_unpackhi_epi32(even[r], odd[r]));
+#pragma GCC unroll 8
+    for (int z = 0; z < Z; ++z) {
+        _mm512_storeu_si512(total + z * 16,
+                            _mm512_add_epi32(lower[z], _mm512_slli_epi32(upper[z], 8)));
     }
 }
 
-void gemv(const uint16_t* words, int blocks, int64_t Kpad, const int16_t* lut,
-          const int32_t* factor, const uint16_t* next, int32_t* total) {
-    if (blocks == 4) return gemv_of<4>(words, Kpad, lut, factor, next, total);
-    if (blocks == 3) return gemv_of<3>(words, Kpad, lut, factor, next, total);
-    if (blocks == 2) return gemv_of<2>(words, Kpad, lut, factor, next, total);
-    gemv_of<1>(words, Kpad, lut, factor, next, total);
+void gemv(const uint32_t* words, int blocks, int64_t Kpad, bmos::Tables tables,
+          const uint32_t* next, int32_t* total) {
+    if (blocks == 4) return gemv_of<8>(words, Kpad, tables, next, total);
+    if (blocks == 3) return gemv_of<6>(words, Kpad, tables, next, total);
+    if (blocks == 2) return gemv_of<4>(words, Kpad, tables, next, total);
+    gemv_of<2>(words, Kpad, tables, next, total);
 }
 
 // Byte p of the sixteen integers, as sixteen bytes.
@@ -131,35 +157,30 @@ void digits(const float* t, int64_t Kpad, float inverse, int planes, int8_t* A, 
     }
 }
 
-void expand(const uint16_t* words, int64_t Kpad, uint8_t* B) {
+void expand(const uint32_t* words, int64_t width, uint8_t* B) {
     const I one = _mm512_set1_epi8(1);
-    for (int64_t k = 0; k < Kpad; k += 32) {
-        const I even = _mm512_loadu_si512(words), odd = _mm512_loadu_si512(words + kBlock);
-        words += 2 * kBlock;
-        I low = _mm512_unpacklo_epi16(even, odd), high = _mm512_unpackhi_epi16(even, odd);
+    for (int64_t k = 0; k < width; k += 32, words += kBlock) {
+        const I left = _mm512_loadu_si512(words), right = _mm512_loadu_si512(words + 16);
         uint8_t* to = B + k / 64 * kPanelBytes + k % 64 * 16;
 #pragma GCC unroll 8
-        for (int i = 0; i < 8; ++i) {
-            const int bit = i;
-            _mm512_storeu_si512(to + i * kRow,
-                                _mm512_and_si512(_mm512_srli_epi32(low, bit), one));
-            _mm512_storeu_si512(to + kTileBytes + i * kRow,
-                                _mm512_and_si512(_mm512_srli_epi32(high, bit), one));
+        for (int bit = 0; bit < 8; ++bit) {
+            _mm512_storeu_si512(to + bit * kRow,
+                                _mm512_and_si512(_mm512_srli_epi32(left, bit), one));
+            _mm512_storeu_si512(to + kTileBytes + bit * kRow,
+                                _mm512_and_si512(_mm512_srli_epi32(right, bit), one));
         }
     }
 }
 
-// gcc 12 spills the accumulators of _mm512_dpbusd_epi32; it does not spill these.
-inline void accumulate(I& sum, I bits, I bytes) {
-    asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(bits), "v"(bytes));
-}
-
 template <int R>
-void gemm_rows(const int8_t* A, int64_t Kpad, const uint8_t* B, int32_t* C) {
+void gemm_rows(const int8_t* A, int64_t width, const uint8_t* B, int32_t* C, bool add) {
     I left[R], right[R];
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) left[r] = right[r] = _mm512_setzero_si512();
-    for (int64_t k = 0; k < Kpad; k += 64) {
+    for (int r = 0; r < R; ++r) {
+        left[r] = add ? _mm512_loadu_si512(C + r * kBlock) : _mm512_setzero_si512();
+        right[r] = add ? _mm512_loadu_si512(C + r * kBlock + 16) : _mm512_setzero_si512();
+    }
+    for (int64_t k = 0; k < width; k += 64) {
         for (int i = 0; i < 16; ++i) {
             const I b0 = _mm512_loadu_si512(B + i * kRow);
             const I b1 = _mm512_loadu_si512(B + kTileBytes + i * kRow);
@@ -168,8 +189,8 @@ void gemm_rows(const int8_t* A, int64_t Kpad, const uint8_t* B, int32_t* C) {
                 int32_t four;
                 memcpy(&four, A + r * kRow + 4 * i, sizeof(four));
                 const I a = _mm512_set1_epi32(four);
-                accumulate(left[r], b0, a);
-                accumulate(right[r], b1, a);
+                add_selected(left[r], b0, a);
+                add_selected(right[r], b1, a);
             }
         }
         A += kTileBytes;
@@ -182,20 +203,21 @@ void gemm_rows(const int8_t* A, int64_t Kpad, const uint8_t* B, int32_t* C) {
     }
 }
 
-void gemm(const int8_t* A, int tiles, int rows, int64_t Kpad, const uint8_t* B, int32_t* C) {
+void gemm(const int8_t* A, int64_t stride, int tiles, int rows, int64_t width, const uint8_t* B,
+          int32_t* C, bool add) {
     for (int tile = 0; tile < tiles; ++tile) {
         for (int r = 0; r < rows; r += 8) {
             const int8_t* a = A + r * kRow;
             int32_t* c = C + r * kBlock;
             switch (rows - r) {
-                case 1: gemm_rows<1>(a, Kpad, B, c); break;
-                case 2: gemm_rows<2>(a, Kpad, B, c); break;
+                case 1: gemm_rows<1>(a, width, B, c, add); break;
+                case 2: gemm_rows<2>(a, width, B, c, add); break;
                 case 3:
-                case 4: gemm_rows<4>(a, Kpad, B, c); break;
-                default: gemm_rows<8>(a, Kpad, B, c);
+                case 4: gemm_rows<4>(a, width, B, c, add); break;
+                default: gemm_rows<8>(a, width, B, c, add);
             }
         }
-        A += Kpad * 16;
+        A += stride;
         C += 16 * kBlock;
     }
 }

@@ -9,40 +9,48 @@ namespace {
 using bmos::kBlock;
 using bmos::kTile;
 
-// The byte of weight k of 64 in a row of A, and its place in a column of B.
+constexpr int kRow = 64;                     // bytes of a row of a tile
+constexpr int kTileBytes = 16 * kRow;        // 16 rows
+constexpr int kPanelBytes = 2 * kTileBytes;  // B of 64 weights and 32 rows
+
+// The byte of weight k of 64 in a row of A.
 inline int place_of(int k) { return k / 32 * 32 + k % 8 * 4 + k % 32 / 8; }
 
-void tables(const float* t, int64_t Kpad, float inverse, int16_t* lut, int32_t* factor) {
+// int16 sums[Kpad/4][16]
+void tables(const float* t, int64_t Kpad, float inverse, bmos::Tables tables) {
+    auto* sums = reinterpret_cast<int16_t*>(tables.sums);
     for (int64_t k = 0; k < Kpad; k += 16) {
-        int shift;
+        const V v = mul(load(t + k), set(inverse));
+        const int shift = shift_of(v);
         int16_t q[16];
-        store_i16(q, quantize_group(t + k, inverse, &shift));
-        *factor++ = 1 << shift;
-        *factor++ = 1 << (16 + shift);
-        for (int four = 0; four < 16; four += 4, lut += 16) {
+        store_i16(q, round(mul(v, set(kDown[shift]))));
+        tables.factor[k / 16] = 1 << shift;
+        for (int four = 0; four < 16; four += 4, sums += 16) {
             for (int entry = 0; entry < 16; ++entry) {
                 int sum = 0;
                 for (int j = 0; j < 4; ++j) sum += entry >> j & 1 ? q[four + j] : -q[four + j];
-                lut[entry] = int16_t(sum);
+                sums[entry] = int16_t(sum);
             }
         }
     }
 }
 
-void gemv(const uint16_t* words, int blocks, int64_t Kpad, const int16_t* lut,
-          const int32_t* factor, const uint16_t*, int32_t* total) {
+void gemv(const uint32_t* words, int blocks, int64_t Kpad, bmos::Tables tables, const uint32_t*,
+          int32_t* total) {
     for (int block = 0; block < blocks; ++block, total += kBlock) {
-        int32_t sums[kBlock] = {};
-        for (int64_t column = 0; column < Kpad / 16; ++column, words += kBlock) {
-            const int16_t* four = lut + column * 64;
-            for (int lane = 0; lane < kBlock; ++lane) {
-                const unsigned w = words[lane];
-                const int sum = four[w & 15] + four[16 + (w >> 4 & 15)] +
-                                four[32 + (w >> 8 & 15)] + four[48 + (w >> 12)];
-                sums[lane] += sum * factor[2 * column];
+        for (int row = 0; row < kBlock; ++row) total[row] = 0;
+        const auto* sums = reinterpret_cast<const int16_t*>(tables.sums);
+        for (int64_t group = 0; group < Kpad / 16; group += 2, words += kBlock, sums += 128) {
+            for (int row = 0; row < kBlock; ++row) {
+                const uint32_t w = words[row];
+                int first = 0, second = 0;
+                for (int i = 0; i < 4; ++i) {
+                    first += sums[16 * i + (w >> 4 * i & 15)];
+                    second += sums[64 + 16 * i + (w >> (16 + 4 * i) & 15)];
+                }
+                total[row] += first * tables.factor[group] + second * tables.factor[group + 1];
             }
         }
-        for (int lane = 0; lane < kBlock; ++lane) total[bmos::lane_row(lane)] = sums[lane];
     }
 }
 
@@ -53,7 +61,7 @@ void digits(const float* t, int64_t Kpad, float inverse, int planes, int8_t* A, 
         int32_t q[16];
         store(q, quantize(t + k, inverse, planes));
         for (int i = 0; i < 16; ++i) {
-            const int64_t at = k / 64 * kTile * 64 + place_of(int(k % 64) + i);
+            const int64_t at = k / 64 * kTileBytes + place_of(int(k % 64) + i);
             int32_t rest = q[i];
             for (int p = 0; p < planes; ++p) {
                 const auto digit = int8_t(uint8_t(rest & 0xff));
@@ -65,33 +73,33 @@ void digits(const float* t, int64_t Kpad, float inverse, int planes, int8_t* A, 
     }
 }
 
-void expand(const uint16_t* words, int64_t Kpad, uint8_t* B) {
-    for (int64_t k = 0; k < Kpad; k += 16, words += kBlock) {
-        uint8_t* panel = B + k / 64 * 2048;
-        for (int lane = 0; lane < kBlock; ++lane) {
-            const int row = bmos::lane_row(lane);
-            for (int i = 0; i < 16; ++i) {
-                const int place = place_of(int(k % 64) + i);
-                panel[row / 16 * 1024 + place / 4 * 64 + row % 16 * 4 + place % 4] =
-                    words[lane] >> i & 1;
+void expand(const uint32_t* words, int64_t width, uint8_t* B) {
+    for (int64_t k = 0; k < width; k += 32, words += kBlock) {
+        uint8_t* panel = B + k / 64 * kPanelBytes + k % 64 * 16;
+        for (int i = 0; i < 8; ++i) {
+            for (int row = 0; row < kBlock; ++row) {
+                const uint32_t four = words[row] >> i & 0x01010101;
+                memcpy(panel + i * kRow + row / 16 * kTileBytes + row % 16 * 4, &four, 4);
             }
         }
     }
 }
 
-void gemm(const int8_t* A, int tiles, int rows, int64_t Kpad, const uint8_t* B, int32_t* C) {
-    for (int tile = 0; tile < tiles; ++tile, A += Kpad * kTile, C += kTile * kBlock) {
-        for (int r = 0; r < rows; ++r) {
+void gemm(const int8_t* A, int64_t stride, int tiles, int rows, int64_t width, const uint8_t* B,
+          int32_t* C, bool add) {
+    for (int tile = 0; tile < tiles; ++tile, A += stride) {
+        for (int r = 0; r < kTile; ++r, C += kBlock) {
+            if (r >= rows) continue;
             int32_t sums[kBlock] = {};
-            for (int64_t k = 0; k < Kpad; k += 4) {
-                const int8_t* a = A + k / 64 * 1024 + r * 64 + k % 64;
-                const uint8_t* b = B + k / 64 * 2048 + k % 64 * 16;
+            for (int64_t k = 0; k < width; k += 4) {
+                const int8_t* a = A + k / 64 * kTileBytes + r * kRow + k % 64;
+                const uint8_t* b = B + k / 64 * kPanelBytes + k % 64 * 16;
                 for (int n = 0; n < kBlock; ++n) {
-                    const uint8_t* four = b + n / 16 * 1024 + n % 16 * 4;
+                    const uint8_t* four = b + n / 16 * kTileBytes + n % 16 * 4;
                     sums[n] += a[0] * four[0] + a[1] * four[1] + a[2] * four[2] + a[3] * four[3];
                 }
             }
-            memcpy(C + r * kBlock, sums, sizeof(sums));
+            for (int n = 0; n < kBlock; ++n) C[n] = add ? C[n] + sums[n] : sums[n];
         }
     }
 }

@@ -26,12 +26,12 @@ struct Header {
         for (int64_t s = 0; s < shard; ++s) n += shard_sizes[s];
         return n;
     }
-    // word[ceil(N/32)][Kpad/16][32] of a shard.
-    const uint16_t* words_of(int64_t shard) const {
+    // dword[ceil(N/32)][Kpad/32][32] of a shard.
+    const uint32_t* words_of(int64_t shard) const {
         int64_t blocks = 0;
         for (int64_t s = 0; s < shard; ++s) blocks += blocks_of(shard_sizes[s]);
         const char* start = reinterpret_cast<const char*>(this) + bytes(S);
-        return reinterpret_cast<const uint16_t*>(start) + blocks * 2 * K_padded();
+        return reinterpret_cast<const uint32_t*>(start) + blocks * K_padded();
     }
 };
 

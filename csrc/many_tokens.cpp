@@ -10,25 +10,27 @@
 namespace bmos {
 namespace {
 
+// The tiles of the tokens that are multiplied at once stay in the second-level cache.
 constexpr int64_t kTileBytesInCache = 1 << 20;
-constexpr int64_t kMaxTokens = 256;
-// Tiles whose sums are finished together.
-constexpr int kSumTiles = 8;
+// The bytes of a slice of K of a block of outputs stay in the first-level cache, and so do the
+// sums of all those tokens and planes.
+constexpr int64_t kSlice = 512;
+constexpr int64_t kMaxRows = 256;
 
 // Tokens that are multiplied at once.
 int64_t tokens_at_once(const Call& c) {
     const int64_t fit = kTileBytesInCache / (c.h.K_padded() * c.h.planes) / kTile * kTile;
     const int64_t all = (c.M + kTile - 1) / kTile * kTile;
-    return std::min(all, std::clamp<int64_t>(fit, kTile, kMaxTokens));
+    return std::min(all, std::clamp<int64_t>(fit, kTile, kMaxRows / c.h.planes));
 }
 
 // What a thread has for itself.
 struct Own {
     float* x;       // [kTokens, Kp]
     float* t;       // [kTokens, Kp]
-    float* logits;  // [chunks, kTokens, E], then [kTokens, chunks, E]
-    uint8_t* B;     // [Kp/64, 2, 16, 64]
-    int32_t* sums;  // [kSumTiles, 16, kBlock]
+    float* logits;  // [kTokens, chunks, E]
+    uint8_t* B;     // [kSlice/64, 2, 16, 64]
+    int32_t* sums;  // [kMaxRows/16, 16, kBlock]
     char* state;
     BlockScales scales;
 
@@ -36,8 +38,8 @@ struct Own {
         : x(arena.take<float>(kTokens * c.h.K_padded())),
           t(arena.take<float>(kTokens * c.h.K_padded())),
           logits(arena.take<float>(kTokens * chunks_of(c.h.K) * c.h.E)),
-          B(arena.take<uint8_t>(kBlock * c.h.K_padded())),
-          sums(arena.take<int32_t>(kSumTiles * kTile * kBlock)),
+          B(arena.take<uint8_t>(kBlock * kSlice)),
+          sums(arena.take<int32_t>(kMaxRows * kBlock)),
           state(arena.take<char>(kStateBytes)),
           scales(c, arena) {}
 };
@@ -145,23 +147,21 @@ private:
     void multiply(int64_t s, int64_t b, int64_t m0, int64_t M, const Own& own) const {
         const int64_t column = h.column_of(s) + b * kBlock;
         const int n = int(std::min<int64_t>(kBlock, h.shard_sizes[s] - b * kBlock));
-        c.f.expand(h.words_of(s) + b * 2 * Kp, Kp, own.B);
         own.scales.read(c, column, n);
-        const int64_t step = kSumTiles / h.planes * kTile;
+        const uint32_t* words = h.words_of(s) + b * Kp;
+        const int tiles = int((M + kTile - 1) / kTile * h.planes);
+        for (int64_t k = 0; k < Kp; k += kSlice) {
+            const int64_t width = std::min(kSlice, Kp - k);
+            c.f.expand(words + k, width, own.B);
+            c.f.gemm(A + k * kTile, kTile * Kp, tiles, int(std::min<int64_t>(kTile, M)), width,
+                     own.B, own.sums, k > 0);
+        }
         constexpr int64_t tile_sums = kTile * kBlock;
-        for (int64_t first = 0; first < M; first += step) {
-            const int64_t last = std::min(M, first + step);
-            const int64_t tiles = (last - first + kTile - 1) / kTile;
-            c.f.gemm(row_of(first), int(tiles * h.planes),
-                     int(std::min<int64_t>(kTile, last - first)), Kp, own.B, own.sums);
-            for (int64_t m = first; m < last; ++m) {
-                const int64_t row = m - first;
-                const int32_t* sums = own.sums + row / kTile * h.planes * tile_sums +
-                                      row % kTile * kBlock;
-                c.f.finish(sums, tile_sums, h.planes, plane_sums + m * h.planes, units[m],
-                           G + m * h.E, h.E, own.scales.s_out(), own.scales.bias(), n,
-                           c.y_at(m0 + m, column), c.x_dtype);
-            }
+        for (int64_t m = 0; m < M; ++m) {
+            const int32_t* sums = own.sums + m / kTile * h.planes * tile_sums + m % kTile * kBlock;
+            c.f.finish(sums, tile_sums, h.planes, plane_sums + m * h.planes, units[m], G + m * h.E,
+                       h.E, own.scales.s_out(), own.scales.bias(), n, c.y_at(m0 + m, column),
+                       c.x_dtype);
         }
     }
 };

@@ -124,26 +124,21 @@ void mix(const float* x, int64_t ldx, int T, const void* s_in, int64_t lds, int 
     BMOS_BY_DTYPE(dtype, mix_as, x, ldx, T, s_in, lds, E, G, n, padded, out, max_bits);
 }
 
-// Quantize sixteen activations to the result << shift, |result| <= kMantissa.
-inline I quantize_group(const float* t, float inverse, int* shift) {
-    const V v = mul(load(t), set(inverse));
-    const I q = round(v);
-    const int most = max_of(abs(q));
-    if (most <= bmos::kMantissa) {
-        *shift = 0;
-        return q;
-    }
-    *shift = (most > 2 * bmos::kMantissa) + (most > 4 * bmos::kMantissa) +
-             (most > 8 * bmos::kMantissa) + 1;
-    return round(mul(v, set(1.0f / float(1 << *shift))));
+// A group of 16 activations v becomes round(v * kDown[shift]) << shift, at most kMantissa.
+inline int shift_of(V v) {
+    // The bits of the least floats that round to more than kMantissa, and to more than its double.
+    static_assert(bmos::kMantissa == 8191, "8191.5 and 16383");
+    const I bits = bits_of_abs(v);
+    return any_at_least(bits, 0x45fffc00) + any_at_least(bits, 0x467ffc00);
 }
+constexpr float kDown[] = {1.0f, 0.5f, 0.25f};
 
 // The sixteen integers that the digits of one mode stand for.
 inline I quantize(const float* t, float inverse, int planes) {
-    if (planes != BMOS_DEFAULT) return round(mul(load(t), set(inverse)));
-    int shift;
-    const I q = quantize_group(t, inverse, &shift);
-    return shift ? shift_left(q, shift) : q;
+    const V v = mul(load(t), set(inverse));
+    if (planes != BMOS_DEFAULT) return round(v);
+    const int shift = shift_of(v);
+    return shift_left(round(mul(v, set(kDown[shift]))), shift);
 }
 
 inline V total_of(const int32_t* C, int64_t plane_stride, int planes, const int32_t* sums) {

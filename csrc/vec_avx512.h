@@ -47,7 +47,6 @@ inline I set(int32_t x) { return _mm512_set1_epi32(x); }
 inline I add(I a, I b) { return _mm512_add_epi32(a, b); }
 inline I sub(I a, I b) { return _mm512_sub_epi32(a, b); }
 inline I max(I a, I b) { return _mm512_max_epi32(a, b); }
-inline I abs(I a) { return _mm512_abs_epi32(a); }
 inline I shift_left(I a, int bits) { return _mm512_sll_epi32(a, _mm_cvtsi32_si128(bits)); }
 inline I bits_of_abs(V x) {
     return _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7fffffff));
@@ -62,6 +61,10 @@ inline int32_t max_of(I x) {
     z = _mm_max_epi32(z, _mm_shuffle_epi32(z, 0x4e));
     z = _mm_max_epi32(z, _mm_shuffle_epi32(z, 0xb1));
     return _mm_cvtsi128_si32(z);
+}
+
+inline bool any_at_least(I x, int32_t limit) {
+    return _mm512_cmpge_epi32_mask(x, _mm512_set1_epi32(limit));
 }
 
 // Lanes i and i + 8, then i and i + 4, then 2, then 1.

@@ -108,21 +108,18 @@ inline I sub(I a, I b) {
 inline I max(I a, I b) {
     return each<I>([&](int i) { return a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; });
 }
-inline I abs(I a) {
-    return each<I>([&](int i) { return a.lane[i] < 0 ? -a.lane[i] : a.lane[i]; });
-}
 inline I shift_left(I a, int bits) {
     return each<I>([&](int i) { return a.lane[i] * (1 << bits); });
 }
 inline I bits_of_abs(V x) {
     return each<I>([&](int i) { return bit_cast<int32_t>(x.lane[i]) & 0x7fffffff; });
 }
-// To the nearest, ties to even: adding 1.5 * 2**23 leaves no bits behind the point. Larger
-// numbers have none to begin with.
+// To the nearest, ties to even: next to 2**23 a float has no bits behind the point. Larger ones
+// have none to begin with.
 inline I round(V x) {
     return each<I>([&](int i) {
-        const float v = x.lane[i], nearest = (v + 12582912.0f) - 12582912.0f;
-        return int32_t(v > -4194304.0f && v < 4194304.0f ? nearest : v);
+        const float v = x.lane[i], large = v < 0.0f ? -8388608.0f : 8388608.0f;
+        return int32_t(v > -8388608.0f && v < 8388608.0f ? (v + large) - large : v);
     });
 }
 inline V to_float(I x) {
@@ -134,6 +131,8 @@ inline int32_t max_of(I x) {
     for (int i = 1; i < 16; ++i) y = x.lane[i] > y ? x.lane[i] : y;
     return y;
 }
+
+inline bool any_at_least(I x, int32_t limit) { return max_of(x) >= limit; }
 
 // Lanes i and i + 8, then i and i + 4, then 2, then 1.
 inline float sum_of(V x) {
