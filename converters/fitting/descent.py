@@ -8,7 +8,7 @@ It ends in signs that no single flip improves: what greedy rounding with feedbac
 
 import torch
 
-COLUMNS = 128  # columns whose flips are applied to the rest of G together, as one matrix product
+COLUMNS = 32  # columns whose flips are applied to the rest of G together, as one matrix product
 
 
 def sweep(
@@ -23,18 +23,18 @@ def sweep(
         b: input scales [K].
         H: second moment [K, K].
     """
-    G = (W - a[:, None] * B * b) @ H
+    # Transposed, so that a column lies in one piece of memory.
+    G = H @ (W - a[:, None] * B * b).T  # [K, N]
     flips = 0
-    for begin in range(0, W.shape[1], COLUMNS):
+    for begin in range(0, len(G), COLUMNS):
         columns = slice(begin, begin + COLUMNS)
-        G_here, H_here = G[:, columns].clone(), H[columns, columns]
-        steps = -2 * a[:, None] * B[:, columns] * b[columns]
-        for j in range(steps.shape[1]):
-            d = steps[:, j]
-            d *= d * (d * H_here[j, j] - 2 * G_here[:, j]) < 0
-            G_here[:, j + 1 :] -= torch.outer(d, H_here[j, j + 1 :])
-        G -= steps @ H[columns]
-        flipped = steps != 0
-        B[:, columns][flipped] *= -1
+        G_here, H_here = G[columns].clone(), H[columns, columns]
+        steps = (-2 * a[:, None] * B[:, columns] * b[columns]).T.contiguous()
+        for j, d in enumerate(steps):
+            d *= d * (d * H_here[j, j] - 2 * G_here[j]) < 0
+            G_here[j + 1 :] -= torch.outer(H_here[j, j + 1 :], d)
+        G -= H[:, columns] @ steps
+        flipped = (steps != 0).T
+        B[:, columns] = torch.where(flipped, -B[:, columns], B[:, columns])
         flips += int(flipped.sum())
     return flips

@@ -8,7 +8,7 @@ here these are +-a_i b_j. Columns go in the order of falling H_jj ("act-order").
 
 import torch
 
-COLUMNS = 128  # columns whose errors are spread together: matrix products instead of rank-1 updates
+COLUMNS = 32  # columns whose errors are spread over the rest together, as one matrix product
 
 
 def signs(
@@ -23,23 +23,22 @@ def signs(
         H: damped second moment [K, K], positive definite.
     """
     order = H.diagonal().argsort(descending=True, stable=True)
-    W, b, H = W[:, order].clone(), b[order], H[order][:, order]
+    # Transposed, so that a column lies in one piece of memory.
+    W, b, H = W.T[order].contiguous(), b[order], H[order][:, order]  # W [K, N]
     U = inverse_factor(H).to(W.dtype)
     B = torch.empty_like(W)
-    K = W.shape[1]
-    for begin in range(0, K, COLUMNS):
-        end = min(begin + COLUMNS, K)
-        errors = W.new_empty(W.shape[0], end - begin)
+    for begin in range(0, len(W), COLUMNS):
+        end = min(begin + COLUMNS, len(W))
+        errors = torch.empty_like(W[begin:end])
         for j in range(begin, end):
             levels = a * b[j]
-            B[:, j] = torch.where(W[:, j] * levels >= 0, 1.0, -1.0)
-            error = (W[:, j] - levels * B[:, j]) / U[j, j]
-            W[:, j:end] -= torch.outer(error, U[j, j:end])
-            errors[:, j - begin] = error
-        W[:, end:] -= errors @ U[begin:end, end:]
+            B[j] = torch.where(W[j] * levels >= 0, 1.0, -1.0)
+            errors[j - begin] = (W[j] - levels * B[j]) / U[j, j]
+            W[j + 1 : end] -= torch.outer(U[j, j + 1 : end], errors[j - begin])
+        W[end:] -= U[begin:end, end:].T @ errors
     result = torch.empty_like(B)
-    result[:, order] = B
-    return result
+    result[order] = B
+    return result.T.contiguous()
 
 
 def inverse_factor(H: torch.Tensor) -> torch.Tensor:

@@ -59,6 +59,15 @@ class Moments:
             self.residual += missing.T @ weighted
         self.tokens += len(X)
 
+    def __iadd__(self, other: "Moments") -> "Moments":
+        """Add another part's sums."""
+        self.H += other.H
+        self.shift += other.shift
+        if self.residual is not None and other.residual is not None:
+            self.residual += other.residual
+        self.tokens += other.tokens
+        return self
+
     def damped(self, damping: float) -> torch.Tensor:
         """H plus `damping` times the mean of its diagonal, [K, K], and never singular."""
         H = self.H.clone()

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
 import torch
 
 from converters.sources.store import Store
@@ -86,16 +87,35 @@ def pack_blocks(name: str, blocks: Iterable[torch.Tensor]) -> tuple[torch.Tensor
     """
     packed, zeros = [], 0
     for block in blocks:
-        check_weight(name, block)
-        zeros += int((block == 0).sum())
-        packed.append(pack_signs(block >= 0))
+        positive, count = signs(name, block)
+        packed.append(pack_signs(positive))
+        zeros += count
     return torch.cat(packed), zeros
 
 
-def check_weight(name: str, weight: torch.Tensor) -> None:
-    """Raise FormatError unless every weight is finite."""
-    if not bool(torch.isfinite(weight).all()):
+def signs(name: str, weight: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """Where a weight is not negative, and its number of zeros.
+
+    The bit patterns are compared as integers, which is several times faster than torch's float16
+    arithmetic on a CPU: without the sign bit, zero is 0 and infinity and NaN are the largest.
+
+    Raises:
+        FormatError: if the weight holds NaN or infinity.
+    """
+    integer = _SAME_SIZE[weight.dtype]
+    infinity = torch.tensor(float("inf"), dtype=weight.dtype).view(integer).item()
+    bits = weight.view(integer).numpy()
+    magnitude = bits & np.iinfo(bits.dtype).max
+    if magnitude.max() >= infinity:
         raise FormatError(f"{name} holds NaN or infinity. The source is damaged.")
+    zeros = magnitude.size - int(np.count_nonzero(magnitude))
+    positive = bits >= 0
+    if zeros:
+        positive |= magnitude == 0
+    return torch.from_numpy(positive), zeros
+
+
+_SAME_SIZE = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32}
 
 
 def expect(name: str, found: TensorSpec | None, shape: tuple[int, ...]) -> TensorSpec:

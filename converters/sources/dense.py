@@ -6,7 +6,7 @@ from typing import Any
 
 from converters.fitting import STAGES
 from converters.options import Options
-from converters.sources.base import PackedLayer, Source, check_weight, expect
+from converters.sources.base import PackedLayer, Source, expect, signs
 from converters.sources.store import Store
 from converters.structure import decoder_linears, refuse_experts
 from vllm_bmos.checkpoint.format import FormatError
@@ -45,6 +45,5 @@ class DenseSource(Source):
         """Fit one layer by the chosen stage."""
         name = f"{module}.weight"
         weight = self.store.tensor(name)
-        check_weight(name, weight)
-        zeros = int((weight == 0).sum())
+        _, zeros = signs(name, weight)
         return PackedLayer(self._fit(weight, self.experts), zeros)

@@ -38,7 +38,7 @@ ITEM_SIZES = {
 }
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 METADATA_KEY = "__metadata__"
-CHUNK_BYTES = 8 << 20
+CHUNK_BYTES = 2 << 20  # stays in a core's cache
 
 
 class Extent(NamedTuple):
@@ -182,10 +182,9 @@ def read_tensor(extent: Extent) -> torch.Tensor:
         )
     if extent.nbytes == 0:
         return torch.empty(extent.spec.shape, dtype=TORCH_DTYPES[extent.spec.dtype])
-    data = bytearray(extent.nbytes)
-    _fill(memoryview(data), extent)
-    flat = torch.frombuffer(data, dtype=TORCH_DTYPES[extent.spec.dtype])
-    return flat.reshape(extent.spec.shape)
+    data = torch.empty(extent.nbytes, dtype=torch.uint8)
+    _fill(data.numpy().data, extent)
+    return data.view(TORCH_DTYPES[extent.spec.dtype]).reshape(extent.spec.shape)
 
 
 def read_chunks(extent: Extent) -> Iterator[memoryview]:
