@@ -1,0 +1,63 @@
+"""transformers loads packed checkpoints, and its layers compute the definition."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from tests.tiny import make_packed
+from vllm_bmos.checkpoint import Checkpoint, FormatError, unpack_signs
+from vllm_bmos.integrations.transformers import BinaryMosLinear
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_packed("qwen2", tmp_path_factory.mktemp("packed"), E=3)
+
+
+def load(path: Path, dtype: torch.dtype) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+
+
+def test_exactly_the_listed_layers_are_packed(packed: Path) -> None:
+    model = load(packed, torch.float32)
+    found = {n for n, m in model.named_modules() if isinstance(m, BinaryMosLinear)}
+    assert found == set(Checkpoint(packed).config.modules)
+
+
+def test_a_layer_computes_the_equations_in_float64(packed: Path) -> None:
+    name = "model.layers.1.self_attn.k_proj"
+    layer = load(packed, torch.float32).get_submodule(name)
+    checkpoint = Checkpoint(packed)
+    S_in, S_out, R, bias = (
+        checkpoint.tensor(f"{name}.{suffix}").double()
+        for suffix in ("in_channel_scale", "out_channel_scale", "router_weight", "bias")
+    )
+    x = torch.randn(2, 5, S_in.shape[1])
+    B = unpack_signs(checkpoint.tensor(f"{name}.weight_packed"), S_in.shape[1], torch.float64)
+    G = (x.double() @ R.T).softmax(-1)
+    y = ((x * (G @ S_in)) @ B.T) * (G @ S_out) + bias
+    torch.testing.assert_close(layer(x).double(), y, atol=1e-5, rtol=1e-5)
+
+
+def test_scales_keep_their_dtype_whatever_the_model_is_loaded_in(packed: Path) -> None:
+    layer = load(packed, torch.bfloat16).get_submodule("model.layers.0.mlp.up_proj")
+    assert layer.in_channel_scale.dtype == torch.float16
+    assert torch.equal(
+        layer.in_channel_scale,
+        Checkpoint(packed).tensor("model.layers.0.mlp.up_proj.in_channel_scale"),
+    )
+    assert layer(torch.zeros(1, 128, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_a_module_that_the_model_does_not_have_is_named(packed: Path, tmp_path: Path) -> None:
+    for file in packed.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["num_hidden_layers"] = 1
+    config["layer_types"] = config["layer_types"][:1]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(FormatError, match=r"model\.layers\.1\.\S+ is not a linear layer of Qwen2"):
+        load(tmp_path, torch.float32)
