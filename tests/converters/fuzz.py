@@ -12,7 +12,6 @@ import argparse
 import json
 import logging
 import os
-import shutil
 import sys
 import tempfile
 import time
@@ -185,7 +184,9 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--seconds", type=int, default=600)
+    parser.add_argument("--corpus", help="directory that keeps what was learnt")
     args = parser.parse_args()
+    corpus = args.corpus or tempfile.mkdtemp()
     logging.disable(logging.CRITICAL)
     bases()
     steps, began = 0, time.monotonic()
@@ -196,7 +197,7 @@ def main() -> None:
         step(data)
         if time.monotonic() - began > args.seconds:
             print(f"{steps} steps in {args.seconds} s, no finding")
-            shutil.rmtree(corpus, ignore_errors=True)
+            sys.stdout.flush()
             os._exit(0)
 
     for module in list(sys.modules.values()):
@@ -205,7 +206,6 @@ def main() -> None:
                 if getattr(function, "__module__", None) == module.__name__ and callable(function):
                     if not isinstance(function, type):
                         setattr(module, name, atheris.instrument_func(function))
-    corpus = tempfile.mkdtemp()
     limits = ["-max_len=64", "-timeout=120", "-rss_limit_mb=4096"]
     atheris.Setup([sys.argv[0], corpus, *limits], counted)
     atheris.Fuzz()
