@@ -87,7 +87,7 @@ def test_against_float64(M: int, K: int, sizes: list[int], E: int, dtype: torch.
 
 def test_one_hot_activations_decode_every_bit() -> None:
     K, sizes = 21, [5, 3]
-    tensors, signs = layer(K, sizes, E=2)
+    tensors, signs = layer(K, sizes, E=1)  # whose gate is exactly 1
     ones = LinearTensors(
         tensors.weight,
         torch.ones_like(tensors.in_channel_scale),
