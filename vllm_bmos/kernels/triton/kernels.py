@@ -78,7 +78,7 @@ def _logits(
     """Logits x @ router.T of a few tokens: float32 [tokens, E_PAD]. `router` points at R[E,KP]."""
     e = tl.arange(0, E_PAD)[None, :, None]
     total = tl.zeros([tokens.shape[0], E_PAD, BK], tl.float32)
-    for k0 in range(0, K, BK):
+    for k0 in tl.range(0, K, BK, num_stages=2):
         k = k0 + tl.arange(0, BK)
         row = x + tokens.to(tl.int64)[:, None] * K + k[None, :]
         values = tl.load(row, mask=token_mask[:, None] & (k < K)[None, :], other=0.0)
@@ -134,7 +134,7 @@ def route(
     i = tl.arange(0, 16)[None, :, None]
     even = tl.zeros([BT, BW, 16], tl.float32)
     KX = tl.cdiv(KP, BLOCK) * BLOCK
-    for k0 in range(0, KX, BK):
+    for k0 in tl.range(0, KX, BK, num_stages=2):
         k = k0 + tl.arange(0, BK)
         row = x + tokens.to(tl.int64)[:, None] * K + k[None, :]
         values = tl.load(row, mask=token_mask[:, None] & (k < K)[None, :], other=0.0)

@@ -18,7 +18,7 @@ from vllm_bmos.kernels.triton.signs import NATIVE
 BLOCK_K = 128  # inputs are padded to this: 8 words, 16 bytes
 WORD = 16  # signs in a word
 FEW_TOKENS = 64  # up to which each has a router program of its own
-ROUTE_ELEMENTS = 8192  # of a tile [tokens, E, K] in the router: 32 float32 registers a thread
+ROUTE_ELEMENTS = 1024  # of a tile [tokens, E, K] in a router's warp: 32 registers a thread
 DEQUANT_BYTES = 1 << 26  # of dequantised signs at a time
 INTERPRETED_ARCH = 80  # whose tiles the interpreter runs
 
@@ -166,10 +166,11 @@ def _large(
 
 def _route_tile(M: int, E: int, KP: int) -> dict[str, int]:
     """Tokens and inputs of one step of the router kernels. More tokens share the scales' loads."""
-    BT = 1 if M <= FEW_TOKENS else 4
+    BT, warps = (1, 16) if M <= FEW_TOKENS else (4, 8)
     E_PAD = triton.next_power_of_2(E)
-    BK = max(WORD, ROUTE_ELEMENTS // (BT * E_PAD))
-    return {"E_PAD": E_PAD, "BT": BT, "BK": min(BK, triton.next_power_of_2(KP)), "num_warps": 8}
+    BK = max(WORD, ROUTE_ELEMENTS * warps // (BT * E_PAD))
+    BK = min(BK, triton.next_power_of_2(KP))
+    return {"E_PAD": E_PAD, "BT": BT, "BK": BK, "num_warps": warps}
 
 
 def _aligned(x: torch.Tensor) -> torch.Tensor:
