@@ -206,7 +206,7 @@ def main() -> None:
                 if getattr(function, "__module__", None) == module.__name__ and callable(function):
                     if not isinstance(function, type):
                         setattr(module, name, atheris.instrument_func(function))
-    limits = ["-max_len=64", "-timeout=120", "-rss_limit_mb=4096"]
+    limits = ["-max_len=64", "-len_control=0", "-timeout=120", "-rss_limit_mb=4096"]
     atheris.Setup([sys.argv[0], corpus, *limits], counted)
     atheris.Fuzz()
 
