@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from vllm_bmos.checkpoint.format import (
     CONFIG_FILE,
@@ -147,25 +147,26 @@ def write_config(directory: Path, shape: Shape, quantization: dict[str, Any] | N
 
 
 def write_tokenizer(directory: Path, vocab_size: int) -> None:
-    """Write a byte-level BPE tokenizer whose every token is a string of printable characters.
+    """Write a byte-level tokenizer, filled up with tokens that are spelled <x0>, <x1>, ...
 
-    Its merges join the bytes' characters to pairs, and pairs with characters to triples, in a fixed
-    order until the vocabulary is full: any text can be encoded and any token decoded.
+    Any text can be encoded, any token decoded, and a text decoded from random tokens has as many
+    tokens when it is encoded again, as `vllm bench` wants.
+
+    Raises:
+        ValueError: if the vocabulary has no room for the bytes.
     """
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: index for index, token in enumerate((*SPECIAL_TOKENS, *letters))}
-    if vocab_size < len(vocabulary):
-        raise ValueError(f"vocab_size: expected at least {len(vocabulary)}, found {vocab_size}")
-    printable = [letter for letter in letters if letter.isascii()]
-    stems = [*printable, *(first + second for first in printable for second in printable)]
-    pairs = ((stem, letter) for stem in stems for letter in printable)
-    merges = []
-    while len(vocabulary) < vocab_size:
-        stem, letter = next(pairs)
-        merges.append((stem, letter))
-        vocabulary[stem + letter] = len(vocabulary)
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokens = [*SPECIAL_TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    if vocab_size < len(tokens):
+        raise ValueError(f"vocab_size: expected at least {len(tokens)}, found {vocab_size}")
+    tokens += [f"<x{index}>" for index in range(vocab_size - len(tokens))]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], ignore_merges=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r"<x\d+>"), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
     tokenizer.save(str(directory / "tokenizer.json"))
