@@ -15,8 +15,11 @@ namespace bmos {
 constexpr int kBlock = 32;
 // Tokens of one tile of activations.
 constexpr int kTile = 16;
-// K is padded to a multiple of this.
+// K is padded to a multiple of this, and a row of a tile has as many bytes.
 constexpr int kPad = 64;
+constexpr int kRow = kPad;
+constexpr int kTileBytes = kTile * kRow;
+constexpr int kPanelBytes = 2 * kTileBytes;  // the bytes of kPad weights of a block of rows
 // Logits are summed in chunks of K of this size, so that any split of K gives the same bits.
 constexpr int kChunk = 512;
 // Tokens that share one pass over the scales.
@@ -57,7 +60,9 @@ struct Kernels {
 
     // Quantize t[Kpad] to q << shift with |q| <= kMantissa, and tabulate for every four weights
     // the sums of +q where a bit is 1 and -q where it is 0. The layout is gemv's own business.
-    void (*tables)(const float* t, int64_t Kpad, float inverse, Tables tables);
+    // kUnit blocks of words at `next` are fetched into the cache meanwhile.
+    void (*tables)(const float* t, int64_t Kpad, float inverse, Tables tables,
+                   const uint32_t* next);
 
     // total[blocks][32]: the sum of +-q << shift over K, of `blocks` <= kUnit blocks of rows.
     // As many blocks at `next` are fetched into the cache meanwhile.

@@ -6,9 +6,7 @@
 
 #include "kernels.h"
 
-namespace {
-
-using bmos::kBlock;
+namespace bmos::amx {
 
 struct alignas(64) TileConfig {
     uint8_t palette, start_row, reserved[14];
@@ -105,9 +103,9 @@ void gemm(const int8_t* A, int64_t stride, int tiles, int, int64_t width, const 
     if (tiles) gemm_one(A, width, B, C, add);
 }
 
-}  // namespace
+}  // namespace bmos::amx
 
 const bmos::Kernels bmos::amx_parts = {
     "amx",   4,       nullptr, nullptr, nullptr, nullptr, nullptr,
-    nullptr, nullptr, gemm,    begin,   end,     nullptr,
+    nullptr, nullptr, amx::gemm,    amx::begin,   amx::end,     nullptr,
 };

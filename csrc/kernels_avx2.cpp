@@ -3,15 +3,10 @@
 
 #include "vec_avx2.h"
 
+#define BMOS_ISA avx2
 #include "rows.h"
 
-namespace {
-
-using bmos::kBlock;
-
-constexpr int kRow = 64;                     // bytes of a row of a tile
-constexpr int kTileBytes = 16 * kRow;        // 16 rows
-constexpr int kPanelBytes = 2 * kTileBytes;  // B of 64 weights and 32 rows
+namespace bmos::avx2 {
 
 inline __m256i byte_of(__m256i q, int p) {
     return _mm256_and_si256(_mm256_srl_epi32(q, _mm_cvtsi32_si128(8 * p)), _mm256_set1_epi32(255));
@@ -123,9 +118,9 @@ void gemm(const int8_t* A, int64_t stride, int tiles, int rows, int64_t width, c
     }
 }
 
-}  // namespace
+}  // namespace bmos::avx2
 
 const bmos::Kernels bmos::avx2_kernels = {
-    "avx2", 0,      to_float, dot,     mix,     nullptr, nullptr,
-    digits, expand, gemm,     nothing, nothing, finish,
+    "avx2", 0,      avx2::to_float, avx2::dot,     avx2::mix,     nullptr, nullptr,
+    avx2::digits, avx2::expand, avx2::gemm,     avx2::nothing, avx2::nothing, avx2::finish,
 };

@@ -2,15 +2,10 @@
 
 #include "vec_avx512.h"
 
+#define BMOS_ISA avx512
 #include "rows.h"
 
-namespace {
-
-using bmos::kBlock;
-
-constexpr int kRow = 64;                 // bytes of a row of a tile
-constexpr int kTileBytes = 16 * kRow;    // 16 rows
-constexpr int kPanelBytes = 2 * kTileBytes;  // B of 64 weights and 32 rows
+namespace bmos::avx512 {
 
 // gcc 12 copies and spills the accumulators of the intrinsics; it leaves these in place.
 inline void add_products(I& sum, I words, I factors) {
@@ -36,13 +31,17 @@ alignas(64) constexpr Signs kSigns;
 // and one for the upper bytes.
 //
 //     sums[Kpad/32][nibble][lower, upper][byte of the dword][16]
-void tables(const float* t, int64_t Kpad, float inverse, bmos::Tables tables) {
+void tables(const float* t, int64_t Kpad, float inverse, Tables tables,
+            const uint32_t* next) {
     const I low = _mm512_load_si512(kSigns.pair[0]), high = _mm512_load_si512(kSigns.pair[1]);
     // Packing leaves four entries of byte 0, 1, 2, 3 in each 128-bit lane.
     const I transpose = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     const I lower = _mm512_set1_epi16(0xff);
     uint8_t* to = tables.sums;
     for (int64_t k = 0; k < Kpad; k += 32) {
+        for (int line = 0; line < kUnit * kBlock / 16; ++line, next += 16) {
+            _mm_prefetch(reinterpret_cast<const char*>(next), _MM_HINT_T1);
+        }
         alignas(64) int32_t q[16];  // pairs
         for (int group = 0; group < 2; ++group) {
             const V v = mul(load(t + k + 16 * group), set(inverse));
@@ -71,11 +70,15 @@ void tables(const float* t, int64_t Kpad, float inverse, bmos::Tables tables) {
     }
 }
 
+// Columns of 32 weights that are fetched ahead: 2 KB of each block, of which there are four. The
+// processor's own prefetcher stops at the end of each block and page.
+constexpr int64_t kAhead = 16;
+
 // Z registers of 16 rows of the layer: look up the sums of four weights, a nibble of every byte at
 // a time, and add the four of a dword, times their factors. Lower bytes are unsigned and uppers
 // signed, as vpdpbusd has them on its two sides.
 template <int Z>
-void gemv_of(const uint32_t* words, int64_t Kpad, bmos::Tables tables, const uint32_t* next,
+void gemv_of(const uint32_t* words, int64_t Kpad, Tables tables, const uint32_t* next,
              int32_t* total) {
     const int64_t block = Kpad;  // dwords
     const I nibble = _mm512_set1_epi8(15), table = _mm512_set1_epi32(0x30201000);
@@ -90,10 +93,13 @@ void gemv_of(const uint32_t* words, int64_t Kpad, bmos::Tables tables, const uin
         // A byte each for the two groups of 16.
         const I factor = _mm512_set1_epi32(tables.factor[2 * k] * 0x101 +
                                            tables.factor[2 * k + 1] * 0x1010000);
+        const uint32_t* ahead = k + kAhead < Kpad / 32 ? words + kAhead * kBlock
+                                                       : next + (k + kAhead - Kpad / 32) * kBlock;
 #pragma GCC unroll 8
         for (int z = 0; z < Z; ++z) {
             const I w = _mm512_loadu_si512(words + z / 2 * block + z % 2 * 16);
-            _mm_prefetch(reinterpret_cast<const char*>(next + z * 16), _MM_HINT_T1);
+            _mm_prefetch(reinterpret_cast<const char*>(ahead + z / 2 * block + z % 2 * 16),
+                         _MM_HINT_T0);
             // (w & nibble) | table
             const I low = _mm512_ternarylogic_epi32(w, nibble, table, 0xea);
             const I high =
@@ -104,7 +110,6 @@ void gemv_of(const uint32_t* words, int64_t Kpad, bmos::Tables tables, const uin
             add_selected(upper[z], factor, _mm512_permutexvar_epi8(high, high1));
         }
         words += kBlock;
-        next += Z * 16;
     }
 #pragma GCC unroll 8
     for (int z = 0; z < Z; ++z) {
@@ -113,7 +118,7 @@ void gemv_of(const uint32_t* words, int64_t Kpad, bmos::Tables tables, const uin
     }
 }
 
-void gemv(const uint32_t* words, int blocks, int64_t Kpad, bmos::Tables tables,
+void gemv(const uint32_t* words, int blocks, int64_t Kpad, Tables tables,
           const uint32_t* next, int32_t* total) {
     if (blocks == 4) return gemv_of<8>(words, Kpad, tables, next, total);
     if (blocks == 3) return gemv_of<6>(words, Kpad, tables, next, total);
@@ -222,9 +227,9 @@ void gemm(const int8_t* A, int64_t stride, int tiles, int rows, int64_t width, c
     }
 }
 
-}  // namespace
+}  // namespace bmos::avx512
 
 const bmos::Kernels bmos::avx512_kernels = {
-    "avx512", 4,   to_float, dot,  mix,     tables, gemv,
-    digits,   expand, gemm,     nothing, nothing, finish,
+    "avx512", 4,   avx512::to_float, avx512::dot,  avx512::mix,     avx512::tables, avx512::gemv,
+    avx512::digits,   avx512::expand, avx512::gemm,     avx512::nothing, avx512::nothing, avx512::finish,
 };

@@ -2,22 +2,17 @@
 
 #include "vec_portable.h"
 
+#define BMOS_ISA portable
 #include "rows.h"
 
-namespace {
-
-using bmos::kBlock;
-using bmos::kTile;
-
-constexpr int kRow = 64;                     // bytes of a row of a tile
-constexpr int kTileBytes = 16 * kRow;        // 16 rows
-constexpr int kPanelBytes = 2 * kTileBytes;  // B of 64 weights and 32 rows
+namespace bmos::portable {
 
 // The byte of weight k of 64 in a row of A.
 inline int place_of(int k) { return k / 32 * 32 + k % 8 * 4 + k % 32 / 8; }
 
 // int16 sums[Kpad/4][16]
-void tables(const float* t, int64_t Kpad, float inverse, bmos::Tables tables) {
+void tables(const float* t, int64_t Kpad, float inverse, Tables tables,
+            const uint32_t*) {
     auto* sums = reinterpret_cast<int16_t*>(tables.sums);
     for (int64_t k = 0; k < Kpad; k += 16) {
         const V v = mul(load(t + k), set(inverse));
@@ -35,7 +30,7 @@ void tables(const float* t, int64_t Kpad, float inverse, bmos::Tables tables) {
     }
 }
 
-void gemv(const uint32_t* words, int blocks, int64_t Kpad, bmos::Tables tables, const uint32_t*,
+void gemv(const uint32_t* words, int blocks, int64_t Kpad, Tables tables, const uint32_t*,
           int32_t* total) {
     for (int block = 0; block < blocks; ++block, total += kBlock) {
         for (int row = 0; row < kBlock; ++row) total[row] = 0;
@@ -104,9 +99,9 @@ void gemm(const int8_t* A, int64_t stride, int tiles, int rows, int64_t width, c
     }
 }
 
-}  // namespace
+}  // namespace bmos::portable
 
 const bmos::Kernels bmos::portable_kernels = {
-    "portable", 4,    to_float, dot,     mix,     tables, gemv,
-    digits,     expand, gemm,     nothing, nothing, finish,
+    "portable", 4,    portable::to_float, portable::dot,     portable::mix,     portable::tables, portable::gemv,
+    portable::digits,     portable::expand, portable::gemm,     portable::nothing, portable::nothing, portable::finish,
 };

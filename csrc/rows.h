@@ -1,5 +1,6 @@
 // The functions of kernels.h that work along one row and do not see the weights, in terms of the
-// sixteen lanes of a vec_*.h file, which is included before this one.
+// sixteen lanes of a vec_*.h file, which is included before this one. BMOS_ISA is the namespace of
+// the instruction set: the linker must never take one's function for another's.
 
 #pragma once
 
@@ -7,9 +8,7 @@
 
 #include "kernels.h"
 
-namespace {
-
-using bmos::kTokens;
+namespace bmos::BMOS_ISA {
 
 struct F32 {
     using type = float;
@@ -127,7 +126,7 @@ void mix(const float* x, int64_t ldx, int T, const void* s_in, int64_t lds, int 
 // A group of 16 activations v becomes round(v * kDown[shift]) << shift, at most kMantissa.
 inline int shift_of(V v) {
     // The bits of the least floats that round to more than kMantissa, and to more than its double.
-    static_assert(bmos::kMantissa == 8191, "8191.5 and 16383");
+    static_assert(kMantissa == 8191, "8191.5 and 16383");
     const I bits = bits_of_abs(v);
     return any_at_least(bits, 0x45fffc00) + any_at_least(bits, 0x467ffc00);
 }
@@ -168,7 +167,7 @@ void finish(const int32_t* C, int64_t plane_stride, int planes, const int32_t* s
     for (int i = 0; i < n; i += 16) {
         V scale = mul(set(G[0]), load(s_out + i));
         for (int64_t e = 1; e < E; ++e) {
-            scale = fma(set(G[e]), load(s_out + e * bmos::kBlock + i), scale);
+            scale = fma(set(G[e]), load(s_out + e * kBlock + i), scale);
         }
         V out = mul(mul(total_of(C + i, plane_stride, planes, sums), set(unit)), scale);
         if (bias) out = add(out, load(bias + i));
@@ -185,4 +184,4 @@ void finish(const int32_t* C, int64_t plane_stride, int planes, const int32_t* s
 
 void nothing(void*) {}
 
-}  // namespace
+}  // namespace bmos::BMOS_ISA

@@ -57,7 +57,7 @@ public:
             return;
         }
         for (int spins = 0; barrier_.round.load(std::memory_order_acquire) == round; ++spins) {
-            if (spins > 10000) {
+            if (spins > 1000) {
                 sched_yield();
             } else {
 #if defined(__x86_64__)

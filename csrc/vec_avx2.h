@@ -6,7 +6,7 @@
 
 #include <cstdint>
 
-namespace {
+namespace bmos::avx2 {
 
 struct V {
     __m256 a, b;
@@ -105,4 +105,4 @@ inline float sum_of(V x) {
     return _mm_cvtss_f32(z);
 }
 
-}  // namespace
+}  // namespace bmos::avx2

@@ -6,7 +6,7 @@
 
 #include <cstdint>
 
-namespace {
+namespace bmos::avx512 {
 
 using V = __m512;
 using I = __m512i;
@@ -77,4 +77,4 @@ inline float sum_of(V x) {
     return _mm_cvtss_f32(z);
 }
 
-}  // namespace
+}  // namespace bmos::avx512

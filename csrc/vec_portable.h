@@ -8,7 +8,7 @@
 
 #include <cstdint>
 
-namespace {
+namespace bmos::portable {
 
 struct V {
     float lane[16];
@@ -142,4 +142,4 @@ inline float sum_of(V x) {
     return x.lane[0];
 }
 
-}  // namespace
+}  // namespace bmos::portable
