@@ -40,8 +40,8 @@ def convert(plan: Plan, target: Path, *, resume: bool = False, workers: int = 0)
 
     Raises:
         FormatError: if the source is malformed.
-        TargetError: if DST cannot be used.
-        OSError: if the disk is full or not writable.
+        TargetError: if DST cannot be used, or has no room.
+        OSError: if the disk fills up or is not writable.
     """
     target = target.absolute()
     check_target(plan, target)
@@ -87,13 +87,13 @@ def is_complete(plan: Plan, target: Path) -> bool:
 
 
 def check_space(plan: Plan, root: Path) -> None:
-    """Raise OSError if the file system has no room for what is still to be written."""
+    """Raise TargetError if the file system has no room for what is still to be written."""
     allocated = sum(file.stat().st_blocks * 512 for file in root.rglob("*") if file.is_file())
     side = sum(map(len, plan.side_files.values()))
     needed = max(0, plan.bytes + side - allocated) + SPARE_BYTES
     free = shutil.disk_usage(root).free
     if free < needed:
-        raise OSError(
+        raise TargetError(
             f"{root.parent}: the result needs {needed / 1e9:.2f} GB, the file system has "
             f"{free / 1e9:.2f} GB free. Make room or choose another DST."
         )

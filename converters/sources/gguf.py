@@ -21,6 +21,9 @@ from vllm_bmos.checkpoint.format import SAFETENSORS_DTYPES, FormatError, TensorS
 
 # GGUF's quantized blocks have no Hugging Face dtype. bfloat16 is what most models were trained in.
 DTYPE = torch.bfloat16
+# Embeddings and head, by far the largest tensors of a small model, keep their rows where they are.
+ROW_BY_ROW = ("token_embd.weight", "output.weight")
+BLOCK_ROWS = 4096
 
 
 class GgufSource(DenseSource):
@@ -53,10 +56,14 @@ class GgufStore:
 
     def tensor(self, name: str) -> torch.Tensor:
         """Dequantise a whole tensor."""
+        stored = self._tensors[name]
+        return self._dequantise(stored, stored.data)
+
+    def _dequantise(self, stored: Any, data: Any) -> torch.Tensor:
+        """Dequantise some rows of a stored tensor."""
         from gguf import dequantize
 
-        stored = self._tensors[name]
-        weights = dequantize(stored.data, stored.tensor_type)
+        weights = dequantize(data, stored.tensor_type)
         result = self._processor.process(
             weights=weights, name=stored.name, tensor_key_mapping=self._names, parsed_parameters={}
         )
@@ -67,8 +74,12 @@ class GgufStore:
         yield self.tensor(name)
 
     def chunks(self, name: str) -> Iterator[memoryview]:
-        """The bytes of the dequantised tensor."""
-        yield tensor_bytes(self.tensor(name))
+        """The bytes of the dequantised tensor; the largest ones in blocks of rows."""
+        stored = self._tensors[name]
+        rows = len(stored.data)
+        step = BLOCK_ROWS if stored.name in ROW_BY_ROW else rows
+        for start in range(0, rows, step):
+            yield tensor_bytes(self._dequantise(stored, stored.data[start : start + step]))
 
 
 def open_gguf(path: Path) -> tuple[GgufStore, dict[str, Any], str | None]:

@@ -168,7 +168,7 @@ def test_an_error_before_the_first_layer_leaves_nothing_behind(tmp_path, source,
 def test_too_small_a_disk_is_found_first(tmp_path, source, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(OSError, match=r"the result needs .* GB, the file system has"):
+    with pytest.raises(TargetError, match=r"the result needs .* GB, the file system has"):
         convert(make_plan(source, Options()), tmp_path / "target")
     assert sorted(os.listdir(tmp_path)) == ["source"]
 

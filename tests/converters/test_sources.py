@@ -11,6 +11,7 @@ from converters.compare import compare
 from converters.options import Options
 from converters.pipeline import convert
 from converters.plan import make_plan
+from converters.sources import gguf
 from tests.converters.models import (
     make_dense,
     make_gguf,
@@ -201,7 +202,9 @@ def test_onebit(tmp_path, packed, dtype):
     assert (config["model_type"], config["architectures"]) == ("llama", ["LlamaForCausalLM"])
 
 
-def test_gguf(tmp_path):
+@pytest.mark.parametrize("block_rows", [4096, 7])
+def test_gguf(tmp_path, monkeypatch, block_rows):
+    monkeypatch.setattr(gguf, "BLOCK_ROWS", block_rows)
     file, expected = make_gguf(tmp_path / "tiny.gguf")
     plan, checkpoint, _ = run(file, tmp_path / "target")
     assert plan.source.kind == "gguf"
