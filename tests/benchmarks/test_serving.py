@@ -1,0 +1,57 @@
+import os
+import subprocess
+
+import pytest
+import serving
+from harness import resident_bytes
+from make_model import SHAPES
+from vllm_bench import Load, session_pids, weights_seconds
+
+LOG = """\
+(Worker pid=7) INFO 11-22 00:59:58 [base_loader.py:82] Initializing model took 0.2 seconds
+(Worker pid=7) INFO 11-22 01:00:01 [default_loader.py:501] Loading weights took 2.10 seconds
+(Worker pid=7) INFO 11-22 01:00:04 [cpu_model_runner.py:87] Warming up model for the compilation...
+"""
+
+
+def test_seconds_of_loading_and_preparing():
+    assert weights_seconds(LOG) == 6
+    assert weights_seconds(LOG.splitlines()[0]) is None
+
+
+def test_memory_of_a_session_holds_its_children():
+    script = (
+        "import time; held = bytearray(50_000_000); print(len(held), flush=True); time.sleep(60)"
+    )
+    child = subprocess.Popen(
+        ["sh", "-c", f"python3 -c '{script}'; true"],
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+    )
+    try:
+        assert child.stdout is not None
+        child.stdout.readline()
+        pids = session_pids(child.pid)
+        assert len(pids) == 2
+        assert 50e6 < resident_bytes(pids) < 100e6
+    finally:
+        os.killpg(child.pid, 9)
+        child.wait()
+
+
+def test_depth_is_extrapolated_linearly(monkeypatch, tmp_path):
+    # 10 ms besides the layers and 5 ms a layer; prefill of 100 tokens: 20 ms and 30 ms a layer.
+    def measure(model, load, options, work):
+        layers = int(model.name.split("-")[2])
+        return {
+            "decode_tokens_per_s": {"4": 4 / (0.010 + 0.005 * layers)},
+            "prefill_tokens_per_s": 100 / (0.020 + 0.030 * layers),
+        }
+
+    monkeypatch.setattr(serving, "measure_server", measure)
+    arguments = ["--bf16-layers", "2", "6", "--work", str(tmp_path), "--prompt", "100"]
+    args = serving.parse_args(arguments)
+    row = serving.bench_bf16(SHAPES["llama-7b"], args, Load([4], 100, 8, threads=1))
+    assert row["decode_tokens_per_s"]["4"] == pytest.approx(4 / 0.170, abs=0.01)
+    assert row["prefill_tokens_per_s"] == pytest.approx(100 / 0.980, abs=0.01)
+    assert row["extrapolated_from_layers"] == [2, 6]
