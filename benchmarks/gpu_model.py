@@ -12,7 +12,7 @@ and a plot of M = 1 are written beside the JSON.
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -134,8 +134,11 @@ def model_rows(name: str, gpu: Gpu, shapes: list[Shape]) -> Iterator[dict[str, A
     for shape in shapes:
         launches = aot.layer_launches(gpu.arch, shape.M, shape.K, (shape.N,), E)
         parts = [predict(recorded, gpu, shape) for recorded in launches]
-        if any(part["kernel"] == "dequant" for part in parts):
-            parts.append({"kernel": "vendor gemm", "us": vendor_gemm_us(gpu, shape), "bound": ""})
+        parts += [
+            {"kernel": "vendor gemm", "us": vendor_gemm_us(gpu, part_of(recorded, shape))}
+            for recorded in launches
+            if recorded.name == "finish"
+        ]
         gemm = next((part for part in parts if part["kernel"] == "gemm"), None)
         roof = memory_roof_us(gpu, shape)
         total = sum(part["us"] for part in parts) + ASSUMED["launch_us"] * len(parts)
@@ -160,6 +163,15 @@ def model_rows(name: str, gpu: Gpu, shapes: list[Shape]) -> Iterator[dict[str, A
         }
         logger.info("%s K=%d N=%d M=%d: %.2f us", name, shape.K, shape.N, shape.M, total)
         yield rounded(row)
+
+
+def part_of(recorded: aot.Launch, shape: Shape) -> Shape:
+    """The part of the layer that a launch computes: the large path goes by parts of N."""
+    if recorded.name == "dequant":
+        return replace(shape, N=recorded.grid[0] * recorded.options["BN"])
+    if recorded.name == "finish":
+        return replace(shape, N=recorded.args[8])
+    return shape
 
 
 def measured(name: str, shape: Shape) -> bool:
@@ -193,6 +205,7 @@ def predict(recorded: aot.Launch, gpu: Gpu, shape: Shape) -> dict[str, Any]:
     programs = math.prod(recorded.grid)
     resident = min(gpu.shared // (sass.shared + 1024), 65536 // (sass.registers * 32 * warps), 16)
     on_busiest = -(-programs // gpu.sms)
+    shape = part_of(recorded, shape)
     bounds = {"DRAM": dram_bytes(recorded.name, shape) / gpu.dram_gbs / 1e3}
     bounds["DRAM"] /= ASSUMED["dram_efficiency"]
     latencies = 1.0

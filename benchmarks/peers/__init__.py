@@ -2,7 +2,10 @@
 
 from peers.base import Loaded, LoadedLayers, Mode, Peer, Weights
 from peers.bmos import Bmos
+from peers.gemlite_linear import Gemlite
+from peers.humming_linear import Humming
 from peers.llama_cpp_linear import LlamaCpp
+from peers.marlin import Marlin
 from peers.torch_linear import TorchLinear
 from peers.vllm_linear import VllmBf16, VllmW4A16, VllmW8A8
 from peers.zentorch_linear import Zentorch
@@ -20,6 +23,9 @@ def all_peers(E: int) -> list[Peer]:
         TorchLinear(),
         Zentorch(),
         LlamaCpp(),
+        Marlin(),
+        Gemlite(),
+        Humming(),
     ]
 
 

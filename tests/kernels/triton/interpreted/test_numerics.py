@@ -182,10 +182,11 @@ def test_scales_of_another_dtype(poison, scale_dtype):
     assert beyond_rounding(y, want) <= TOLERANCE[torch.float16]
 
 
-def test_strided_and_misaligned_inputs():
+@pytest.mark.parametrize("first", [0, 1])
+def test_strided_and_misaligned_inputs(first):
     config = config_of(200, [70], 4)
     wide = random_x(4, config_of(401, [1]))
-    x = wide[:, 1:201]
+    x = wide[:, first : first + 200]
     y, want = run(config, 4, x=x)
     assert beyond_rounding(y, want) <= TOLERANCE[torch.float16]
 
@@ -206,6 +207,16 @@ def test_positive_inputs_keep_their_precision(poison):
     config = config_of(4096, [32], 4)
     x = random_x(2, config).abs()
     y, want = run(config, 2, x=x)
+    assert beyond_rounding(y, want) <= TOLERANCE[torch.float16]
+
+
+def test_the_correction_is_of_rounded_inputs(poison):
+    """Every x * s_in rounds down by almost half a unit: only the rounded ones cancel."""
+    config = config_of(4096, [32], 1, torch.float16, torch.float32)
+    tensors = random_layer(config)
+    scale = torch.full_like(tensors.in_channel_scale, 1 + 0.45 * 2**-10)
+    tensors = replace(tensors, in_channel_scale=scale)
+    y, want = run(config, 1, tensors=tensors, x=torch.ones(1, 4096).half())
     assert beyond_rounding(y, want) <= TOLERANCE[torch.float16]
 
 
