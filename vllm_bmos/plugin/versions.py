@@ -4,8 +4,7 @@ from typing import Any
 
 from packaging.version import Version
 
-# Both ends of the range are run by the tests (docs/FEATURES.md); vLLM's quantization API is not
-# frozen, so a version that was never run is refused rather than tried.
+# vLLM's quantization API is not frozen, so a version that was never run is refused, not tried.
 MIN_VLLM = "0.28.0"
 MAX_VLLM = "0.33.0"  # exclusive
 
