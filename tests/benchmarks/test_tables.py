@@ -1,0 +1,59 @@
+"""The README's tables say what the results say."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+import tables
+
+ROW = {"E": 4, "dtype": "bfloat16", "weights": "cold", "K": 4096, "N": 4096}
+
+
+def write(path: Path, name: str, rows: list[dict]) -> None:
+    facts = {"cpu": "Some CPU", "threads": 2}
+    (path / f"{name}.json").write_text(json.dumps({"machine": facts, "rows": rows}))
+
+
+def test_readme_is_up_to_date() -> None:
+    check = [sys.executable, str(REPOSITORY / "benchmarks" / "tables.py"), "--check"]
+    done = subprocess.run(check, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_linear_rows_keep_their_provider_mode_and_shape(tmp_path: Path) -> None:
+    write(
+        tmp_path,
+        "linear",
+        [
+            {**ROW, "provider": "vllm_bmos", "mode": "default", "M": 1, "median_us": 41.4},
+            {**ROW, "provider": "vllm_bmos", "mode": "int8", "M": 512, "median_us": 9000},
+            {**ROW, "provider": "vllm_bmos", "mode": "default", "M": 1, "E": 1, "median_us": 5},
+            {**ROW, "provider": "vllm_bf16", "mode": "default", "M": 1, "median_us": 400},
+            {
+                **ROW,
+                "provider": "vllm_bf16",
+                "mode": "default",
+                "M": 1,
+                "weights": "hot",
+                "median_us": 1,
+            },
+        ],
+    )
+    lines = tables.tables(tmp_path).splitlines()
+    assert "Some CPU, 2 threads" in lines[0]
+    assert "| **vllm-bmos**, default | 41 | - | - | - | - | - |" in lines
+    assert "| vllm-bmos, int8 | - | - | - | 9,000 | - | - |" in lines
+    assert "| vLLM bf16 | 400 | - | - | - | - | - |" in lines
+
+
+def test_only_the_marked_part_is_replaced() -> None:
+    text = f"before\n{tables.BEGIN}\nold\n{tables.END}\nafter\n"
+    assert (
+        tables.with_tables(text, "new") == f"before\n{tables.BEGIN}\n\nnew\n\n{tables.END}\nafter\n"
+    )
+    with pytest.raises(ValueError, match="once each"):
+        tables.with_tables("no marks", "new")
