@@ -78,8 +78,8 @@ def serving_table(result: dict[str, Any]) -> str:
     batches = list(rows[0]["decode_tokens_per_s"])
     model = result["model"]
     lines = [
-        f"A model of the shape {model['shape']} ({model['layers']} layers, E={model['E']}), tokens/s "
-        f"on {machine(result)}; `python benchmarks/serving.py`:",
+        f"A model of the shape {model['shape']} ({model['layers']} layers, E={model['E']}), "
+        f"tokens/s on {machine(result)}; `python benchmarks/serving.py`:",
         "",
         "| | "
         + " | ".join(f"decode, batch {batch}" for batch in batches)

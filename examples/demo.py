@@ -95,8 +95,9 @@ def serve_and_ask(packed: Path, options: argparse.Namespace) -> None:
     start = time.monotonic()
     server = Server(packed, arguments, options.work / "server.log", port, progress=show_waiting)
     with server:
+        seconds = time.monotonic() - start
         start_of_line = "\r" if sys.stdout.isatty() else ""
-        print(f"{start_of_line}    ready after {time.monotonic() - start:.0f} s; its log is {server.log}")
+        print(f"{start_of_line}    ready after {seconds:.0f} s; its log is {server.log}")
         print(f"    {kernel_in_use(server)}")
         step("4/4 ask")
         client = OpenAI(base_url=f"{server.url}/v1", api_key="none")

@@ -1,8 +1,7 @@
-"""`python -m vllm_bmos`: what is installed here, which kernels can run, and why the others cannot."""
+"""`python -m vllm_bmos`: what is installed here, which kernels run, and why the others do not."""
 
 import os
 import platform
-import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -82,4 +81,4 @@ def vllm_support() -> str:
 if __name__ == "__main__":
     if os.environ.get(KERNEL_ENV):
         print(f"{KERNEL_ENV}={os.environ[KERNEL_ENV]} forces a kernel")
-    sys.exit(main())
+    main()

@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import tables
 
 REPOSITORY = Path(__file__).parents[2]
-import tables
 
 ROW = {"E": 4, "dtype": "bfloat16", "weights": "cold", "K": 4096, "N": 4096}
 

@@ -1,4 +1,4 @@
-"""What a kernel is: one signature, one way to say whether it can run, one way to prepare weights."""
+"""What a kernel is: one signature, one way to say if it can run, one way to prepare weights."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -65,7 +65,7 @@ class Kernel(ABC):
         """Whether this kernel runs such a layer here, and why (or why not)."""
 
     def prepare(self, tensors: LinearTensors, config: LinearConfig) -> LinearTensors:
-        """Re-lay a layer's tensors once after loading. The default keeps the checkpoint's layout."""
+        """Re-lay a layer's tensors once after loading; by default they stay as they are."""
         return tensors
 
     @abstractmethod

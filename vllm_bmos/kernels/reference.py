@@ -9,6 +9,7 @@ All of it is computed in float32 (float64 if x is float64), and y is rounded to 
 """
 
 import torch
+from typing_extensions import override
 
 from vllm_bmos.checkpoint.signs import unpack_signs
 from vllm_bmos.kernels.base import Kernel, LinearConfig, LinearTensors
@@ -19,15 +20,18 @@ class ReferenceKernel(Kernel):
 
     name = "reference"
 
+    @override
     def can_run(self, config: LinearConfig) -> tuple[bool, str]:
         return True, "always runs; unpacks the weights on every call, so it is slow"
 
+    @override
     def router_logits(
         self, x: torch.Tensor, router_weight: torch.Tensor, shards: int
     ) -> torch.Tensor:
         compute = compute_dtype(x.dtype)
         return torch.einsum("mk,sek->mse", x.to(compute), router_weight.to(compute))
 
+    @override
     def linear(
         self,
         x: torch.Tensor,
