@@ -7,15 +7,18 @@ import pytest
 from vllm_bmos.kernels.triton import configs
 
 
+def clear():
+    for cached in (configs.table, configs.tiles_for, configs.batch_invariant):
+        cached.cache_clear()
+
+
 @pytest.fixture
 def fresh(monkeypatch):
     """Forget the tables of this process before and after."""
-    configs.table.cache_clear()
-    configs.tiles_for.cache_clear()
+    clear()
     yield monkeypatch
     monkeypatch.undo()
-    configs.table.cache_clear()
-    configs.tiles_for.cache_clear()
+    clear()
 
 
 ROW = {

@@ -110,9 +110,15 @@ def table() -> dict[str, tuple[Tile, ...]]:
 
 
 @cache
+def batch_invariant() -> bool:
+    """Whether a token's sums must not depend on its batch."""
+    return os.environ.get(BATCH_INVARIANT_ENV, "0") not in ("", "0")
+
+
+@cache
 def tiles_for(arch: int) -> tuple[Tile, ...]:
     """The tiles of an architecture, such as 86 for compute capability 8.6."""
-    if os.environ.get(BATCH_INVARIANT_ENV, "0") not in ("", "0"):
+    if batch_invariant():
         return table()["batch_invariant"]
     return table().get(f"sm_{arch}", table()["default"])
 

@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 
 from vllm_bmos.kernels.base import LinearTensors
 from vllm_bmos.kernels.triton import kernels
-from vllm_bmos.kernels.triton.configs import Tile, tile_for
+from vllm_bmos.kernels.triton.configs import Tile, batch_invariant, tile_for
 from vllm_bmos.kernels.triton.signs import NATIVE
 
 BLOCK_K = 128  # inputs are padded to this: 8 words, 16 bytes
@@ -166,7 +166,7 @@ def _large(
 
 def _route_tile(M: int, E: int, KP: int) -> dict[str, int]:
     """Tokens and inputs of one step of the router kernels. More tokens share the scales' loads."""
-    BT, warps = (1, 16) if M <= FEW_TOKENS else (4, 8)
+    BT, warps = (1, 16) if M <= FEW_TOKENS or batch_invariant() else (4, 8)
     E_PAD = triton.next_power_of_2(E)
     BK = max(WORD, ROUTE_ELEMENTS * warps // (BT * E_PAD))
     BK = min(BK, triton.next_power_of_2(KP))

@@ -220,15 +220,18 @@ def test_the_correction_is_of_rounded_inputs(poison):
     assert beyond_rounding(y, want) <= TOLERANCE[torch.float16]
 
 
-def test_a_token_does_not_depend_on_its_batch(use_tile):
+def test_a_token_does_not_depend_on_its_batch(use_tile, monkeypatch):
     (tile,) = configs.table()["batch_invariant"]
     use_tile(tile)
+    monkeypatch.setattr(launch, "batch_invariant", lambda: True)
     config = config_of(576, [96], 4)
     tensors, x = random_layer(config), random_x(70, config)
     prepared = KERNEL.prepare(tensors, config)
     batch = KERNEL.linear(x, None, prepared, None, [96])
     alone = KERNEL.linear(x[41:42], None, prepared, None, [96])
     assert torch.equal(batch[41:42], alone)
+    logits = KERNEL.router_logits(x, prepared.router_weight, 1)
+    assert torch.equal(logits[41:42], KERNEL.router_logits(x[41:42], prepared.router_weight, 1))
 
 
 @pytest.mark.slow
