@@ -158,7 +158,7 @@ def _dataset_text(name: str) -> Text:
     except ImportError:
         raise CalibrationError(f"{name}: pip install datasets to read named data sets.") from None
     parts = name.split(":")[1:]
-    config, split = (parts[1:] + [None, None])[:2]
+    config, split = [*parts[1:], None, None][:2]
     rows, size = [], 0
     for row in load_dataset(parts[0], config or None, split=split or "train", streaming=True):
         rows.append(row["text"])

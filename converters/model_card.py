@@ -3,7 +3,8 @@
 import re
 from collections.abc import Mapping
 
-from converters.plan import REPACK, Plan
+from converters.fitting import STAGES
+from converters.plan import Plan
 from vllm_bmos.checkpoint.reader import inside
 
 README = "README.md"
@@ -32,7 +33,7 @@ def model_card(plan: Plan, perplexities: Mapping[str, float], text_name: str = "
     for name, value in perplexities.items():
         rows[f"perplexity, {name}, on {text_name}"] = f"{value:.2f}"
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
-    warning = "" if provenance["stage"] == REPACK else f"\n{_WARNING}\n"
+    warning = f"\n{_WARNING}\n" if provenance["stage"] in STAGES else ""
     return (
         f"---\nlicense: {source_license(plan)}\nlibrary_name: vllm\n"
         "tags:\n- binarymos\n- 1-bit\n---\n\n"

@@ -117,8 +117,10 @@ class _StandIn(nn.Module):
 
     def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if args:
-            raise FormatError("this model's blocks are called with positional arguments; the "
-                              "stages that fit on text do not support it. Use --stage svid.")
+            raise FormatError(
+                "this model's blocks are called with positional arguments, which the stages that "
+                "fit on text do not support. Use --stage svid."
+            )
         if self._first:
             self._hidden.append(hidden)
         self._calls.append(kwargs)
@@ -133,7 +135,7 @@ def run_block(block: nn.Module, hidden: torch.Tensor, kwargs: Kwargs) -> torch.T
 
 def meta_model_with_buffers(config: dict[str, Any]) -> Any:
     """The transformers model of a config: parameters on the meta device, buffers real."""
-    from accelerate import init_empty_weights
+    from accelerate import init_empty_weights  # type: ignore[import-untyped]
     from transformers import AutoModelForCausalLM
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 

@@ -11,9 +11,7 @@ import torch
 COLUMNS = 32  # columns whose errors are spread over the rest together, as one matrix product
 
 
-def signs(
-    W: torch.Tensor, a: torch.Tensor, b: torch.Tensor, H: torch.Tensor
-) -> torch.Tensor:
+def signs(W: torch.Tensor, a: torch.Tensor, b: torch.Tensor, H: torch.Tensor) -> torch.Tensor:
     """Choose B [N, K] of -1 and +1 for W ~ diag(a) B diag(b).
 
     Args:

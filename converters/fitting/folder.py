@@ -1,7 +1,7 @@
 """Where a fit works: `DST.fit`, locked, resumable, one file per finished piece.
 
-    DST.fit/fingerprint.json           what is fitted, on what, with which options
-    DST.fit/<stage>/<piece>.safetensors    appears whole, by a rename, when the piece is done
+DST.fit/fingerprint.json           what is fitted, on what, with which options
+DST.fit/<stage>/<piece>.safetensors    appears whole, by a rename, when the piece is done
 """
 
 import fcntl
@@ -36,7 +36,7 @@ class FitFolder:
     """
 
     def __init__(self, target: Path, facts: dict[str, Any], resume: bool) -> None:
-        self.root = target.with_name(target.name + ".fit")
+        self.root = self.path(target)
         self.root.mkdir(parents=True, exist_ok=True)
         self._lock = os.open(self.root, os.O_RDONLY)
         try:
@@ -86,9 +86,15 @@ class FitFolder:
     def _file(self, stage: str, piece: str) -> Path:
         return self.root / stage / f"{piece}.safetensors"
 
-    def delete(self) -> None:
+    @staticmethod
+    def path(target: Path) -> Path:
+        """DST.fit."""
+        return target.with_name(target.name + ".fit")
+
+    @staticmethod
+    def delete(root: Path) -> None:
         """Remove everything: the result has been published."""
-        shutil.rmtree(self.root)
+        shutil.rmtree(root)
 
     def __enter__(self) -> "FitFolder":
         """Enter."""

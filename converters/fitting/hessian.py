@@ -5,7 +5,8 @@ No gradients. For each decoder block, and within it for each group of layers tha
     1. run the dense and the half-converted model up to the group on the calibration text,
     2. move the target so that it makes up for the error that the inputs bring  (propagation.py)
     3. choose the signs with error feedback                                     (feedback.py)
-    4. in turns: scales by least squares, signs by coordinate descent  (least_squares.py, descent.py)
+    4. in turns: scales by least squares                                        (least_squares.py)
+       and signs by coordinate descent                                          (descent.py)
 
 Memory: one block twice, and the hidden states of both models.
 """
@@ -13,9 +14,10 @@ Memory: one block twice, and the hidden states of both models.
 import copy
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -25,12 +27,14 @@ from converters.fitting.folder import FitFolder
 from converters.fitting.layer import Fitted, dense_weight, fit_static, pack, relative_error
 from converters.fitting.observe import Group, find_groups, look
 from converters.fitting.propagation import Moments, target
-from converters.fitting.threads import workers
+from converters.fitting.threads import bfloat16_products, workers
 
 logger = logging.getLogger(__name__)
 
 STAGE = "hessian"
 Tensors = dict[str, torch.Tensor]
+Given = TypeVar("Given")
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -138,7 +142,7 @@ def _fit_block(
         H = moments.damped(options.damping)
 
         def fit_one(name: str, moments: Moments = moments, H: torch.Tensor = H) -> Fitted:
-            W = here.teacher.get_submodule(name).weight
+            W = _linear(here.teacher, name).weight
             wanted = target(W, moments, options.alpha, options.damping)
             layer = fit_static(wanted, H)
             flips = float((layer.B != torch.where(W >= 0, 1.0, -1.0)).float().mean())
@@ -151,16 +155,23 @@ def _fit_block(
             here.writers.append(group.names[0])
 
 
-def _quiet(function):  # type: ignore[no-untyped-def]
+def _quiet(function: Callable[[Given], Made]) -> Callable[[Given], Made]:
     """Inference mode belongs to a thread, so work for a pool must bring its own."""
-    return torch.inference_mode()(function)
+    made: Callable[[Given], Made] = torch.inference_mode()(function)
+    return made
+
+
+def _linear(block: nn.Module, name: str) -> nn.Linear:
+    layer = block.get_submodule(name)
+    assert isinstance(layer, nn.Linear)
+    return layer
 
 
 def _moments(
     here: _Pass, group: Group, pool: ThreadPoolExecutor, options: HessianOptions
 ) -> Moments:
     """Sums over all calibration tokens at one group."""
-    layer = here.teacher.get_submodule(group.names[0])
+    layer = _linear(here.teacher, group.names[0])
     writes = group.writes_residual
     N = layer.out_features if writes and options.residual else None
 
@@ -168,20 +179,29 @@ def _moments(
         X, r = look(here.teacher, group, here.writers, parts[0], here.kwargs)
         X_hat, r_hat = look(here.student, group, here.writers, parts[1], here.kwargs)
         moments = Moments.zeros(layer.in_features, N)
-        # The next norm divides each token's stream by its size, so errors count relative to it.
-        weights = 1 / r.square().mean(dim=1) if writes else None
-        moments.add(X, X_hat, r - r_hat, weights)
+        moments.add(X, X_hat, r - r_hat, token_weights(r) if writes else None)
         return moments
 
     total = Moments.zeros(layer.in_features, N)
     parts = zip(*(hidden.split(options.batch) for hidden in here.hidden), strict=True)
-    for moments in pool.map(_quiet(one), parts):
-        total += moments
+    with bfloat16_products():
+        for moments in pool.map(_quiet(one), parts):
+            total += moments
     return total
 
 
+def token_weights(stream: torch.Tensor) -> torch.Tensor:
+    """Weights of tokens [tokens] by their residual stream [tokens, hidden].
+
+    The next norm divides a token's stream by its size, so an error counts relative to that. A
+    padding token's stream may be zero: none counts more than a hundred usual ones.
+    """
+    size = stream.square().mean(dim=1)
+    return 1 / size.clamp_min(0.01 * size.median())
+
+
 def _replace(student: nn.Module, name: str, packed: Tensors) -> None:
-    student.get_submodule(name).weight = nn.Parameter(dense_weight(packed), requires_grad=False)
+    _linear(student, name).weight = nn.Parameter(dense_weight(packed), requires_grad=False)
 
 
 def layer_of(tensors: Tensors, module: str) -> Tensors:
@@ -198,7 +218,8 @@ def _advance(
     def one(part: torch.Tensor) -> None:
         part.copy_(run_block(block, part, kwargs))
 
-    list(pool.map(_quiet(one), hidden.split(batch)))
+    with bfloat16_products():
+        list(pool.map(_quiet(one), hidden.split(batch)))
 
 
 def token_error(dense: torch.Tensor, hidden: torch.Tensor) -> float:

@@ -1,7 +1,7 @@
 """What goes into the linear layers of a block, and which of them write the residual stream."""
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
@@ -70,8 +70,9 @@ def _writes(
 
     with _after(block, names, replace):
         result = run_block(block, hidden, kwargs)
-    expected = hidden + y[0] if y[0].shape == hidden.shape else None
-    return expected is not None and torch.allclose(result, expected, atol=1e-4, rtol=1e-4)
+    if y[0].numel() != hidden.numel():
+        return False
+    return torch.allclose(result, hidden + y[0].view_as(hidden), atol=1e-4, rtol=1e-4)
 
 
 @torch.inference_mode()
@@ -99,7 +100,7 @@ def look(
     block = _own_hooks(block)
 
     def add(name: str, x: torch.Tensor, output: torch.Tensor) -> None:
-        stream.append(output)
+        stream.append(output.view_as(hidden))
 
     def stop(name: str, x: torch.Tensor) -> None:
         seen.append(x)
@@ -118,7 +119,9 @@ def _own_hooks(block: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def _before(block: nn.Module, names: Sequence[str], call) -> Iterator[None]:  # type: ignore[no-untyped-def]
+def _before(
+    block: nn.Module, names: Sequence[str], call: Callable[[str, torch.Tensor], None]
+) -> Iterator[None]:
     """Call `call(name, x)` before each of the layers runs."""
     handles = [
         block.get_submodule(name).register_forward_pre_hook(
@@ -134,7 +137,11 @@ def _before(block: nn.Module, names: Sequence[str], call) -> Iterator[None]:  # 
 
 
 @contextmanager
-def _after(block: nn.Module, names: Sequence[str], call) -> Iterator[None]:  # type: ignore[no-untyped-def]
+def _after(
+    block: nn.Module,
+    names: Sequence[str],
+    call: Callable[[str, torch.Tensor, torch.Tensor], torch.Tensor | None],
+) -> Iterator[None]:
     """Call `call(name, x, output)` after each of the layers; what it returns is the new output."""
     handles = [
         block.get_submodule(name).register_forward_hook(

@@ -52,11 +52,16 @@ class Moments:
             missing: r - r_hat [tokens, N].
             weights: of the tokens [tokens]; all 1 if not given.
         """
-        weighted = X_hat if weights is None else weights[:, None] * X_hat
-        self.H += X_hat.T @ weighted
-        self.shift += (X - X_hat).T @ weighted
+        difference = X - X_hat
+        if weights is not None:
+            # Both factors get the root: so H stays semi-definite whatever the products round to.
+            root = weights.sqrt()[:, None]
+            X_hat, difference = root * X_hat, root * difference
+            missing = None if missing is None else root * missing
+        self.H += X_hat.T @ X_hat
+        self.shift += difference.T @ X_hat
         if self.residual is not None and missing is not None:
-            self.residual += missing.T @ weighted
+            self.residual += missing.T @ X_hat
         self.tokens += len(X)
 
     def __iadd__(self, other: "Moments") -> "Moments":

@@ -31,7 +31,7 @@ class _SignProduct(torch.autograd.Function):
         return x @ B.T
 
     @staticmethod
-    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:  # type: ignore[override]
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         x, B = ctx.saved_tensors
         dW = (dy.T @ x).to(ctx.latent_dtype) if ctx.needs_input_grad[1] else None
         return dy @ B, dW
@@ -66,7 +66,9 @@ class TrainableLinear(nn.Module):
         self.register_buffer("start_in", S_in)
         self.register_buffer("start_out", S_out)
         self.register_buffer("start_router", tensors[ROUTER].float())
-        self.register_buffer("router_unit", torch.ones(()))  # a logit of 1 for an input of usual size
+        self.register_buffer(
+            "router_unit", torch.ones(())
+        )  # a logit of 1 for an input of usual size
         equal = torch.equal(S_in, S_in[:1].expand_as(S_in)) and self.E > 1
         noise = spread if equal else 0.0
 
