@@ -125,6 +125,6 @@ int bmos_linear(const void* x, int x_dtype, int64_t M, int64_t K, const float* l
                        bias_dtype,
                        static_cast<char*>(y),
                        threads};
-    const bool few = h->planes != BMOS_EXACT && M <= call.f.max_table_tokens;
-    return (few ? few_tokens(call) : many_tokens(call)) ? BMOS_OK : BMOS_MEMORY;
+    const bool tables = M <= call.f.max_table_tokens[h->planes];
+    return (tables ? with_tables(call) : as_product(call)) ? BMOS_OK : BMOS_MEMORY;
 }

@@ -16,6 +16,14 @@ int chunk_padded(int64_t K, int64_t chunk) {
     return (chunk_size(K, chunk) + kPad - 1) / kPad * kPad;
 }
 
+Call Call::some_tokens(int64_t first, int64_t count) const {
+    Call some = *this;
+    some.x = x_at(first, 0);
+    some.y = y_at(first, 0);
+    if (logits) some.logits = logits + first * h.S * h.E;
+    some.M = count;
+    return some;
+}
 const char* Call::x_at(int64_t m, int64_t k) const { return x + (m * h.K + k) * bytes_of(x_dtype); }
 char* Call::y_at(int64_t m, int64_t n) const { return y + (m * N + n) * bytes_of(x_dtype); }
 const char* Call::scale_at(const char* scales, int64_t index) const {

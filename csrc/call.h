@@ -27,14 +27,15 @@ struct Call {
 
     // Whether this call computes the logits.
     bool routed() const { return !logits && h.E > 1; }
+    Call some_tokens(int64_t first, int64_t count) const;
     const char* x_at(int64_t m, int64_t k) const;
     char* y_at(int64_t m, int64_t n) const;
     const char* scale_at(const char* scales, int64_t index) const;
 };
 
 // Both give the same bits. False: there is not enough memory.
-bool few_tokens(const Call& call);   // with tables; every phase is split along K or N
-bool many_tokens(const Call& call);  // as a matrix product; the first phase is split along M
+bool with_tables(const Call& call);  // every phase is split along K or N
+bool as_product(const Call& call);   // the first phase is split along M
 
 // logits[M, rows] of bmos_router_logits, with the bits that both have.
 bool logits_only(const void* x, int x_dtype, int64_t M, int64_t K, const void* router,

@@ -1,5 +1,6 @@
 // Which instruction sets this library has, which of them this machine runs, and which is in use.
 
+#include <algorithm>
 #include <cstring>
 #include <string>
 #include <vector>
@@ -61,7 +62,7 @@ const std::vector<Kernels>& usable() {
         if (cpu.amx) {
             Kernels amx = avx512_kernels;
             amx.name = amx_parts.name;
-            amx.max_table_tokens = amx_parts.max_table_tokens;
+            std::copy_n(amx_parts.max_table_tokens, 5, amx.max_table_tokens);
             amx.gemm = amx_parts.gemm;
             amx.begin = amx_parts.begin;
             amx.end = amx_parts.end;

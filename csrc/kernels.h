@@ -44,8 +44,9 @@ struct Tables {
 
 struct Kernels {
     const char* name;
-    // Up to this many tokens the tables are faster than the matrix product.
-    int max_table_tokens;
+    // Up to this many tokens, by the number of planes, tables are faster than the matrix product.
+    // There are none for four planes.
+    int64_t max_table_tokens[5];
 
     // out[n] = float(x[n]), then zeros up to `padded`.
     void (*to_float)(const void* x, int dtype, int n, int padded, float* out);

@@ -121,6 +121,6 @@ void gemm(const int8_t* A, int64_t stride, int tiles, int rows, int64_t width, c
 }  // namespace bmos::avx2
 
 const bmos::Kernels bmos::avx2_kernels = {
-    "avx2", 0,      avx2::to_float, avx2::dot,     avx2::mix,     nullptr, nullptr,
+    "avx2", {},      avx2::to_float, avx2::dot,     avx2::mix,     nullptr, nullptr,
     avx2::digits, avx2::expand, avx2::gemm,     avx2::nothing, avx2::nothing, avx2::finish,
 };

@@ -49,25 +49,32 @@ void to_float(const void* x, int dtype, int n, int padded, float* out) {
 
 template <class D, int T>
 void dot_of(const float* x, int64_t ldx, const typename D::type* r, int n, float* out) {
-    V sums[4][T];
-    for (auto& four : sums) {
-        for (auto& sum : four) sum = set(0.0f);
-    }
+    V sums[4 * T];
+#pragma GCC unroll 16
+    for (int j = 0; j < 4 * T; ++j) sums[j] = set(0.0f);
     int i = 0;
     for (; i + 64 <= n; i += 64) {
+#pragma GCC unroll 16
         for (int j = 0; j < 4; ++j) {
             const V y = D::get(r + i + 16 * j);
+#pragma GCC unroll 16
             for (int t = 0; t < T; ++t) {
-                sums[j][t] = fma(load(x + t * ldx + i + 16 * j), y, sums[j][t]);
+                sums[j * T + t] = fma(load(x + t * ldx + i + 16 * j), y, sums[j * T + t]);
             }
         }
     }
-    for (int j = 0; j < 4 && i < n; ++j, i += 16) {
+#pragma GCC unroll 16
+    for (int j = 0; j < 4; ++j, i += 16) {
+        if (i >= n) break;
         const V y = get<D>(r + i, n - i);
-        for (int t = 0; t < T; ++t) sums[j][t] = fma(load(x + t * ldx + i), y, sums[j][t]);
+#pragma GCC unroll 16
+        for (int t = 0; t < T; ++t) {
+            sums[j * T + t] = fma(load(x + t * ldx + i), y, sums[j * T + t]);
+        }
     }
+#pragma GCC unroll 16
     for (int t = 0; t < T; ++t) {
-        out[t] = sum_of(add(add(sums[0][t], sums[1][t]), add(sums[2][t], sums[3][t])));
+        out[t] = sum_of(add(add(sums[t], sums[T + t]), add(sums[2 * T + t], sums[3 * T + t])));
     }
 }
 
@@ -82,27 +89,42 @@ void dot(const float* x, int64_t ldx, int T, const void* r, int dtype, int n, fl
     BMOS_BY_DTYPE(dtype, dot_as, x, ldx, T, r, n, out);
 }
 
+// Sixteen columns from i on, of which n - i are read.
+template <class D, int T, bool kWhole>
+inline void mix_columns(const float* x, int64_t ldx, const typename D::type* s_in, int64_t lds,
+                        int64_t E, const float* G, int i, int n, float* out, I* most) {
+    V scale[T];
+    const V first = kWhole ? D::get(s_in + i) : get<D>(s_in + i, n - i);
+#pragma GCC unroll 4
+    for (int t = 0; t < T; ++t) scale[t] = mul(set(G[t * E]), first);
+    for (int64_t e = 1; e < E; ++e) {
+        const auto* row = s_in + e * lds + i;
+        const V next = kWhole ? D::get(row) : get<D>(row, n - i);
+#pragma GCC unroll 4
+        for (int t = 0; t < T; ++t) scale[t] = fma(set(G[t * E + e]), next, scale[t]);
+    }
+#pragma GCC unroll 4
+    for (int t = 0; t < T; ++t) {
+        const V product = mul(load(x + t * ldx + i), scale[t]);
+        store(out + t * ldx + i, product);
+        most[t] = max(most[t], bits_of_abs(product));
+    }
+}
+
 template <class D, int T>
 void mix_of(const float* x, int64_t ldx, const typename D::type* s_in, int64_t lds, int64_t E,
             const float* G, int n, int padded, float* out, int32_t* max_bits) {
     I most[T];
-    for (auto& m : most) m = set(0);
-    for (int i = 0; i < n; i += 16) {
-        V scale[T];
-        const V first = get<D>(s_in + i, n - i);
-        for (int t = 0; t < T; ++t) scale[t] = mul(set(G[t * E]), first);
-        for (int64_t e = 1; e < E; ++e) {
-            const V next = get<D>(s_in + e * lds + i, n - i);
-            for (int t = 0; t < T; ++t) scale[t] = fma(set(G[t * E + e]), next, scale[t]);
-        }
-        for (int t = 0; t < T; ++t) {
-            const V product = mul(load(x + t * ldx + i), scale[t]);
-            store(out + t * ldx + i, product);
-            most[t] = max(most[t], bits_of_abs(product));
-        }
+#pragma GCC unroll 4
+    for (int t = 0; t < T; ++t) most[t] = set(0);
+    int i = 0;
+    for (; i + 16 <= n; i += 16) {
+        mix_columns<D, T, true>(x, ldx, s_in, lds, E, G, i, n, out, most);
     }
+    if (i < n) mix_columns<D, T, false>(x, ldx, s_in, lds, E, G, i, n, out, most);
+#pragma GCC unroll 4
     for (int t = 0; t < T; ++t) {
-        for (int i = (n + 15) / 16 * 16; i < padded; i += 16) store(out + t * ldx + i, set(0.0f));
+        for (int j = (n + 15) / 16 * 16; j < padded; j += 16) store(out + t * ldx + j, set(0.0f));
         const int32_t bits = max_of(most[t]);
         if (bits > max_bits[t]) max_bits[t] = bits;
     }

@@ -40,7 +40,10 @@ ERRORS = {
 }
 MAX_K = 65536
 
-LIBRARY = Path(__file__).with_name("libbmos_cpu.so")
+# Another build of the library, with sanitizers, say, may be named.
+LIBRARY = Path(
+    os.environ.get("VLLM_BMOS_CPU_LIBRARY") or Path(__file__).with_name("libbmos_cpu.so")
+)
 
 
 class CpuKernel(Kernel):

@@ -1,5 +1,5 @@
-// The layer for few tokens: a table look-up replaces four multiplications and additions, and the
-// weights are read once, at the speed of the memory.
+// The layer with tables: a look-up replaces four multiplications and additions. For one token the
+// weights are read at the speed of the memory.
 
 #include <algorithm>
 #include <cstring>
@@ -19,24 +19,26 @@ struct Own {
     float* G;         // [M, S, E]
     int32_t* totals;  // [kUnit, kBlock]
     Grid* grids;      // [M]
-    uint8_t* sums;    // [M, Kp/4, 16, 2]
-    int32_t* factor;  // [M, Kp/16]
-    BlockScales scales;
+    Tables tables;    // of one token
+    BlockScales scales[kUnit];
 
     Own(const Call& c, Arena& arena)
         : G(arena.take<float>(c.M * c.h.S * c.h.E)),
           totals(arena.take<int32_t>(kUnit * kBlock)),
           grids(arena.take<Grid>(c.M)),
-          sums(arena.take<uint8_t>(c.M * c.h.K_padded() * 8)),
-          factor(arena.take<int32_t>(c.M * c.h.K_padded() / 16)),
-          scales(c, arena) {}
+          tables(take_tables(arena, c.h.K_padded())),
+          scales{{c, arena}, {c, arena}, {c, arena}, {c, arena}} {
+        static_assert(kUnit == 4, "one BlockScales for each block");
+    }
 
-    Tables tables(int64_t m, int64_t Kp) const { return {sums + m * Kp * 8, factor + m * Kp / 16}; }
+    static Tables take_tables(Arena& arena, int64_t Kp) {
+        return {arena.take<uint8_t>(Kp * 8), arena.take<int32_t>(Kp / 16)};
+    }
 };
 
-class FewTokens {
+class WithTables {
 public:
-    FewTokens(const Call& call, Arena& arena)
+    WithTables(const Call& call, Arena& arena)
         : c(call),
           h(call.h),
           Kp(h.K_padded()),
@@ -44,7 +46,9 @@ public:
           x(arena.take<float>(c.M * Kp)),
           t(arena.take<float>(c.M * h.S * Kp)),
           parts(arena.take<float>(c.M * chunks * h.S * h.E)),
-          max_bits(arena.take<int32_t>(c.M * h.S * chunks)) {
+          max_bits(arena.take<int32_t>(c.M * h.S * chunks)),
+          sums(arena.take<uint8_t>(c.M > 1 ? c.M * h.S * Kp * 8 : 0)),
+          factor(arena.take<int32_t>(c.M > 1 ? c.M * h.S * Kp / 16 : 0)) {
         Arena count;
         const Own own(c, count);
         own_bytes = count.used();
@@ -63,6 +67,13 @@ public:
         mix_experts(own);
         scale_x(items, own);
         team.wait();
+        if (c.M > 1) {
+            const Range rows = team.part(c.M * h.S);
+            for (int64_t row = rows.first; row < rows.last; ++row) {
+                tabulate(row, shared_tables(row), h.words_of(0));
+            }
+            team.wait();
+        }
         int64_t blocks = 0;
         for (int64_t s = 0; s < h.S; ++s) blocks += blocks_of(h.shard_sizes[s]);
         each_shard(h, team.part(blocks), [&](int64_t s, int64_t first, int64_t last) {
@@ -78,7 +89,11 @@ private:
     float* t;           // [M, S, Kp]: x * s_in
     float* parts;       // [M, chunks, S, E]: the logits of each chunk
     int32_t* max_bits;  // [M, S, chunks]: of t
-    char* owned;        // [threads, own_bytes]
+    // For more than one token the threads share the tables; one token's tables are built by each
+    // thread for itself, which is faster than a barrier and the transfer between caches.
+    uint8_t* sums;    // [M, S, Kp/4, 16, 2]
+    int32_t* factor;  // [M, S, Kp/16]
+    char* owned;      // [threads, own_bytes]
 
     // An item is one chunk of K of one token.
     void read_x(Range items) const {
@@ -142,51 +157,71 @@ private:
         }
     }
 
+    // A row is m * S + s.
+    Grid grid_of(int64_t row) const {
+        const int32_t* bits = max_bits + row * chunks;
+        return Grid(*std::max_element(bits, bits + chunks), h.planes);
+    }
+    Tables shared_tables(int64_t row) const { return {sums + row * Kp * 8, factor + row * Kp / 16}; }
+    void tabulate(int64_t row, Tables tables, const uint32_t* next) const {
+        const Grid grid = grid_of(row);
+        if (grid.finite()) c.f.tables(t + row * Kp, Kp, grid.inverse, tables, next);
+    }
+
     // y of the blocks first to last of shard s.
     void multiply(int64_t s, int64_t first, int64_t last, const Own& own) const {
         const int64_t N = h.shard_sizes[s], start = h.column_of(s);
         const uint32_t* words = h.words_of(s);
         fetch_scales(s, first);
-        for (int64_t m = 0; m < c.M; ++m) {
-            const int32_t* bits = max_bits + (m * h.S + s) * chunks;
-            own.grids[m] = Grid(*std::max_element(bits, bits + chunks), h.planes);
-            if (!own.grids[m].finite()) continue;
-            c.f.tables(t + (m * h.S + s) * Kp, Kp, own.grids[m].inverse,
-                       own.tables(m, Kp), words + first * Kp);
-        }
+        if (c.M == 1) tabulate(s, own.tables, words + first * Kp);
+        for (int64_t m = 0; m < c.M; ++m) own.grids[m] = grid_of(m * h.S + s);
         for (int64_t block = first; block < last; block += kUnit) {
             const int count = int(std::min<int64_t>(kUnit, last - block));
             if (block + kUnit < last) fetch_scales(s, block + kUnit);
+            for (int i = 0; i < count; ++i) {
+                const int64_t n = (block + i) * kBlock;
+                own.scales[i].read(c, start + n, int(std::min<int64_t>(kBlock, N - n)));
+            }
+            const uint32_t* unit = words + block * Kp;
             for (int64_t m = 0; m < c.M; ++m) {
-                const bool more = m == 0 && block + 2 * kUnit <= last;
+                const int64_t row = m * h.S + s;
+                // The last token fetches the next unit: the others have this one in the cache.
+                const bool fetch_next = m == c.M - 1 && block + 2 * kUnit <= last;
                 if (own.grids[m].finite()) {
-                    const uint32_t* unit = words + block * Kp;
-                    c.f.gemv(unit, count, Kp, own.tables(m, Kp), more ? unit + kUnit * Kp : unit, own.totals);
+                    c.f.gemv(unit, count, Kp, c.M == 1 ? own.tables : shared_tables(row),
+                             fetch_next ? unit + kUnit * Kp : unit, own.totals);
                 } else {
                     std::memset(own.totals, 0, kUnit * kBlock * sizeof(int32_t));
                 }
                 for (int i = 0; i < count; ++i) {
                     const int64_t n = (block + i) * kBlock;
-                    const int size = int(std::min<int64_t>(kBlock, N - n));
-                    own.scales.read(c, start + n, size);
                     c.f.finish(own.totals + i * kBlock, 0, 0, nullptr, own.grids[m].unit,
-                               own.G + (m * h.S + s) * h.E, h.E, own.scales.s_out(),
-                               own.scales.bias(), size, c.y_at(m, start + n), c.x_dtype);
+                               own.G + row * h.E, h.E, own.scales[i].s_out(),
+                               own.scales[i].bias(), int(std::min<int64_t>(kBlock, N - n)),
+                               c.y_at(m, start + n), c.x_dtype);
                 }
             }
         }
     }
 };
 
+// The tables of the tokens that share one pass over the weights stay in the second-level cache.
+constexpr int64_t kTableBytes = 1 << 19;
+
 }  // namespace
 
-bool few_tokens(const Call& call) {
-    Arena count;
-    const FewTokens counted(call, count);
-    char* memory = Scratch::of_this_thread().reserve(count.used());
-    if (!memory) return false;
-    Arena arena(memory);
-    run(call.threads, FewTokens(call, arena));
+bool with_tables(const Call& all) {
+    const int64_t fit = kTableBytes / (all.h.K_padded() * 8 * all.h.S);
+    const int64_t step = std::clamp<int64_t>(fit, 1, 16);
+    for (int64_t m = 0; m < all.M; m += step) {
+        const Call call = all.some_tokens(m, std::min(step, all.M - m));
+        Arena count;
+        const WithTables counted(call, count);
+        char* memory = Scratch::of_this_thread().reserve(count.used());
+        if (!memory) return false;
+        Arena arena(memory);
+        run(call.threads, WithTables(call, arena));
+    }
     return true;
 }
 

@@ -1,4 +1,4 @@
-// The layer for many tokens: activations become tiles of signed bytes, one plane of tiles for
+// The layer as a matrix product: activations become tiles of signed bytes, one plane of tiles for
 // every eight bits, and the weights of a block of outputs become bytes of 0 and 1 once for all of
 // the tokens whose tiles the second-level cache holds.
 
@@ -24,10 +24,15 @@ int64_t tokens_at_once(const Call& c) {
     return std::min(all, std::clamp<int64_t>(fit, kTile, kMaxRows / c.h.planes));
 }
 
+// Rows and arrays of fp32 activations lie so that no two of them have the same place in a page:
+// a load that is 4096 bytes behind a store would wait for it.
+int64_t row_size(const Call& c) { return c.h.K_padded() + 16; }
+constexpr int64_t kHalfPage = 512;
+
 // What a thread has for itself.
 struct Own {
-    float* x;       // [kTokens, Kp]
-    float* t;       // [kTokens, Kp]
+    float* x;       // [kTokens, row_size]
+    float* t;       // [kTokens, row_size]
     float* logits;  // [kTokens, chunks, E]
     uint8_t* B;     // [kSlice/64, 2, 16, 64]
     int32_t* sums;  // [kMaxRows/16, 16, kBlock]
@@ -35,8 +40,8 @@ struct Own {
     BlockScales scales;
 
     Own(const Call& c, Arena& arena)
-        : x(arena.take<float>(kTokens * c.h.K_padded())),
-          t(arena.take<float>(kTokens * c.h.K_padded())),
+        : x(arena.take<float>(kTokens * row_size(c) + kHalfPage)),
+          t(arena.take<float>(kTokens * row_size(c))),
           logits(arena.take<float>(kTokens * chunks_of(c.h.K) * c.h.E)),
           B(arena.take<uint8_t>(kBlock * kSlice)),
           sums(arena.take<int32_t>(kMaxRows * kBlock)),
@@ -44,9 +49,9 @@ struct Own {
           scales(c, arena) {}
 };
 
-class ManyTokens {
+class AsProduct {
 public:
-    ManyTokens(const Call& call, Arena& arena)
+    AsProduct(const Call& call, Arena& arena)
         : c(call),
           h(call.h),
           Kp(h.K_padded()),
@@ -99,15 +104,15 @@ private:
 
     // T tokens from m0 + m on become rows of tiles.
     void quantize(int64_t s, int64_t m0, int64_t m, int T, const Own& own) const {
-        const int64_t chunks = chunks_of(h.K), E = h.E;
+        const int64_t chunks = chunks_of(h.K), E = h.E, ld = row_size(c);
         for (int t = 0; t < T; ++t) {
-            c.f.to_float(c.x_at(m0 + m + t, 0), c.x_dtype, int(h.K), int(Kp), own.x + t * Kp);
+            c.f.to_float(c.x_at(m0 + m + t, 0), c.x_dtype, int(h.K), int(Kp), own.x + t * ld);
         }
-        for (int64_t e = 0; c.routed() && e < E; ++e) {
-            for (int64_t i = 0; i < chunks; ++i) {
-                const int64_t k = i * kChunk;
+        for (int64_t i = 0; c.routed() && i < chunks; ++i) {
+            const int64_t k = i * kChunk;
+            for (int64_t e = 0; e < E; ++e) {
                 float dots[kTokens];
-                c.f.dot(own.x + k, Kp, T, c.scale_at(c.router, (s * E + e) * h.K + k),
+                c.f.dot(own.x + k, ld, T, c.scale_at(c.router, (s * E + e) * h.K + k),
                         h.scale_dtype, chunk_size(h.K, i), dots);
                 for (int t = 0; t < T; ++t) own.logits[(t * chunks + i) * E + e] = dots[t];
             }
@@ -123,13 +128,13 @@ private:
             }
         }
         int32_t max_bits[kTokens] = {};
-        c.f.mix(own.x, Kp, T, c.scale_at(c.s_in, s * E * h.K), h.K, h.scale_dtype, E, G + m * E,
+        c.f.mix(own.x, ld, T, c.scale_at(c.s_in, s * E * h.K), h.K, h.scale_dtype, E, G + m * E,
                 int(h.K), int(Kp), own.t, max_bits);
         for (int t = 0; t < T; ++t) {
             const Grid grid(max_bits[t], h.planes);
             units[m + t] = grid.unit;
-            if (!grid.finite()) std::memset(own.t + t * Kp, 0, Kp * sizeof(float));
-            c.f.digits(own.t + t * Kp, Kp, grid.inverse, h.planes, row_of(m + t), kTile * Kp,
+            if (!grid.finite()) std::memset(own.t + t * ld, 0, Kp * sizeof(float));
+            c.f.digits(own.t + t * ld, Kp, grid.inverse, h.planes, row_of(m + t), kTile * Kp,
                        plane_sums + (m + t) * h.planes);
         }
     }
@@ -168,13 +173,13 @@ private:
 
 }  // namespace
 
-bool many_tokens(const Call& call) {
+bool as_product(const Call& call) {
     Arena count;
-    const ManyTokens counted(call, count);
+    const AsProduct counted(call, count);
     char* memory = Scratch::of_this_thread().reserve(count.used());
     if (!memory) return false;
     Arena arena(memory);
-    run(call.threads, ManyTokens(call, arena));
+    run(call.threads, AsProduct(call, arena));
     return true;
 }
 

@@ -1,0 +1,19 @@
+#!/bin/sh
+# Build the CPU library with the address and undefined-behaviour sanitizers, and run its tests.
+# Usage: csrc/sanitize.sh [PYTHON [PYTEST_ARGUMENTS...]]
+set -eu
+cd "$(dirname "$0")/.."
+python=${1:-python}
+[ $# -eq 0 ] || shift
+build=$(mktemp -d)
+trap 'rm -rf "$build"' EXIT
+
+BMOS_CXXFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g1" \
+    "$python" setup.py --quiet build_ext --build-lib "$build" --build-temp "$build/temp"
+
+# Python itself leaks, by this sanitizer's definition, so leaks are not looked for.
+cxx=${CXX:-g++}
+LD_PRELOAD="$($cxx -print-file-name=libasan.so) $($cxx -print-file-name=libubsan.so)" \
+    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+    VLLM_BMOS_CPU_LIBRARY="$build/vllm_bmos/kernels/libbmos_cpu.so" \
+    "$python" -m pytest -q tests/kernels/test_cpu.py "$@"
