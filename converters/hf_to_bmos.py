@@ -154,13 +154,16 @@ def push_to_hub(path: Path, repository: str) -> None:
 
 def make_fit(plan: Plan, args: argparse.Namespace) -> "Fit":
     """The fit that the command line asks for."""
-    from converters.fitting.run import Fit, FitOptions  # the data-free stages do without it
+    # The data-free stage does without these and all that they import.
+    from converters.fitting.distill import DistillOptions
+    from converters.fitting.run import Fit, FitOptions
 
     options = FitOptions(
         calibration=tuple(args.calibration),
         windows=args.windows,
         length=args.length,
         seed=args.seed,
+        distill=DistillOptions(tokens=args.tokens),
     )
     return Fit(plan, args.stage, options)
 
@@ -219,6 +222,9 @@ def _parser() -> argparse.ArgumentParser:
         "--windows", type=_positive, default=32, help="windows of calibration text"
     )
     convert_.add_argument("--length", type=_positive, default=1024, help="tokens in a window")
+    convert_.add_argument(
+        "--tokens", type=_positive, default=250_000, help="to train on in kd-scales and qat"
+    )
     convert_.add_argument("--seed", type=int, default=0, help="of all that a fit draws")
     convert_.add_argument(
         "--ignore",

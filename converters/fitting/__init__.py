@@ -14,4 +14,4 @@ from converters.fitting import svid
 Stage = Callable[[torch.Tensor, int], dict[str, torch.Tensor]]
 
 STAGES: dict[str, Stage] = {"svid": svid.fit}
-FITTED_STAGES: dict[str, str | None] = {"hessian": None}
+FITTED_STAGES: dict[str, str | None] = {"hessian": None, "kd-scales": "hessian", "qat": "hessian"}

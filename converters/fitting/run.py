@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from converters.calibration import Calibration, load_texts, sample
-from converters.fitting import FITTED_STAGES, hessian
+from converters.fitting import FITTED_STAGES, distill, hessian
 from converters.fitting.blocks import BlockModel
+from converters.fitting.distill import DistillOptions
 from converters.fitting.folder import FitFolder
 from converters.fitting.hessian import HessianOptions, layer_of
 from converters.pipeline import check_target, is_complete
@@ -35,6 +36,7 @@ class FitOptions:
         length: tokens in a window.
         seed: of all random choices.
         hessian: of the stage of this name.
+        distill: of the stages kd-scales and qat.
     """
 
     calibration: tuple[str, ...] = ()
@@ -42,6 +44,7 @@ class FitOptions:
     length: int = 1024
     seed: int = 0
     hessian: HessianOptions = field(default_factory=HessianOptions)
+    distill: DistillOptions = field(default_factory=DistillOptions)
 
 
 class FittedSource(Source):
@@ -104,11 +107,18 @@ class Fit:
             "stage": stage,
             "stages": list(stages_up_to(stage)),
             "calibration": self.text.record,
-            "fit": {name: asdict(getattr(options, name)) for name in ("hessian",)},
+            "fit": {"hessian": asdict(options.hessian), **self._distillation()},
         }
         self.plan = replace(
             plan, source=self.source, config=replace(plan.config, provenance=provenance)
         )
+
+    @property
+    def _distills(self) -> bool:
+        return bool({distill.QAT, distill.KD_SCALES}.intersection(stages_up_to(self.stage)))
+
+    def _distillation(self) -> dict[str, Any]:
+        return {"distill": asdict(self.options.distill)} if self._distills else {}
 
     def _sample(self, plan: Plan) -> Calibration:
         import tempfile
@@ -127,7 +137,10 @@ class Fit:
                 ) from None
         options = self.options
         texts = load_texts(options.calibration)
-        return sample(texts, tokenizer, options.windows, 4, options.length, options.seed)
+        windows = options.windows
+        if self._distills:
+            windows = max(windows, options.distill.tokens // options.length)
+        return sample(texts, tokenizer, windows, 4, options.length, options.seed)
 
     def run(self, target: Path, resume: bool, threads: int = 0) -> None:
         """Fit, or continue to; then `plan` can be converted.
@@ -160,13 +173,28 @@ class Fit:
         if stage == "hessian":
             return hessian.fit(
                 BlockModel(dense),
-                self.text.train,
+                self.text.train[: self.options.windows],
                 self.source.experts,
                 scale_dtype,
                 folder,
                 self.options.hessian,
                 threads,
             )
+        if stage in (distill.QAT, distill.KD_SCALES):
+            done = folder.read(stage, "result")
+            if done is None:
+                done = distill.fit(
+                    dense,
+                    self.source.tensors,
+                    self.text.train,
+                    self.text.held_out,
+                    folder.directory(stage),
+                    self.options.distill,
+                    self.options.seed,
+                    train_signs=stage == distill.QAT,
+                )
+                folder.write(stage, "result", done)
+            return done
         raise ValueError(f"unknown stage {stage!r}; the stages are {', '.join(FITTED_STAGES)}")
 
     def finish(self, target: Path) -> None:

@@ -145,19 +145,16 @@ def make_student(
 
 
 @torch.no_grad()
-def set_router_units(model: Any, tokens: torch.Tensor) -> None:
-    """Measure the size of each layer's inputs on a few windows, and scale the routers by it."""
-    handles, sums = [], {}
+def set_router_units(model: nn.Module, tokens: torch.Tensor) -> None:
+    """Measure the size of each layer's inputs on tokens [windows, T]; routers scale by it."""
+    layers = [module for module in model.modules() if isinstance(module, TrainableLinear)]
 
     def watch(layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         # A median over tokens: a few tokens are a thousand times as large as the rest.
-        sums[layer] = inputs[0].float().square().mean(dim=-1).sqrt().median()
+        size = inputs[0].float().square().mean(dim=-1).sqrt().median()
+        layer.get_buffer("router_unit").copy_(1 / size.clamp_min(1e-6))
 
-    layers = [m for m in model.modules() if isinstance(m, TrainableLinear)]
-    for layer in layers:
-        handles.append(layer.register_forward_pre_hook(watch))
+    handles = [layer.register_forward_pre_hook(watch) for layer in layers]
     model(tokens)
     for handle in handles:
         handle.remove()
-    for layer in layers:
-        layer.router_unit.fill_(1 / sums[layer].clamp_min(1e-6))
