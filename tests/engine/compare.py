@@ -5,6 +5,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,31 +25,41 @@ class Answer:
     logprobs: list[float]
 
 
-def vllm_answers(path: Path, dtype: str, **options: Any) -> list[Answer]:
-    """Run the prompts as one batch through vLLM in this process, and free the engine."""
-    from vllm import LLM, SamplingParams
+@contextmanager
+def engine(path: Path, dtype: str, **options: Any) -> Iterator[Any]:
+    """An LLM in this process, freed at the end, whether or not it could be built."""
+    from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    llm = LLM(
-        str(path),
-        skip_tokenizer_init=True,
-        dtype=dtype,
-        max_model_len=128,
-        **{"enforce_eager": True, **options},
-    )
+    settings = {"max_model_len": 128, "enforce_eager": True, "skip_tokenizer_init": True}
+    llm = None
     try:
-        outputs = llm.generate(
-            [{"prompt_token_ids": prompt} for prompt in PROMPTS],
-            SamplingParams(
-                temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, logprobs=0, detokenize=False
-            ),
-            use_tqdm=False,
-        )
+        llm = LLM(str(path), dtype=dtype, **{**settings, **options})
+        yield llm
     finally:
         del llm
         gc.collect()
         cleanup_dist_env_and_memory()
+
+
+def generate(llm: Any, prompts: list[list[int]]) -> list[Answer]:
+    """Greedy answers to the prompts as one batch."""
+    from vllm import SamplingParams
+
+    outputs = llm.generate(
+        [{"prompt_token_ids": prompt} for prompt in prompts],
+        SamplingParams(
+            temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, logprobs=0, detokenize=False
+        ),
+        use_tqdm=False,
+    )
     return [answer_of(output.outputs[0]) for output in outputs]
+
+
+def vllm_answers(path: Path, dtype: str, **options: Any) -> list[Answer]:
+    """The answers of an engine in this process to the comparison prompts."""
+    with engine(path, dtype, **options) as llm:
+        return generate(llm, PROMPTS)
 
 
 def answer_of(completion: Any) -> Answer:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.engine.compare import engine
 from tests.tiny import make_packed
 from vllm_bmos.checkpoint import Checkpoint
 from vllm_bmos.checkpoint.format import REQUIRED
@@ -29,9 +30,6 @@ def quantized_bytes(model: nn.Module) -> int:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_resident_weights_are_as_large_as_the_packed_ones(dtype: str, tmp_path: Path) -> None:
-    from vllm import LLM
-    from vllm.distributed import cleanup_dist_env_and_memory
-
     path = make_packed("llama", tmp_path)
     checkpoint = Checkpoint(path)
     packed = sum(
@@ -39,14 +37,8 @@ def test_resident_weights_are_as_large_as_the_packed_ones(dtype: str, tmp_path: 
         for module in checkpoint.config.modules
         for suffix in REQUIRED
     )
-    llm = LLM(
-        str(path), skip_tokenizer_init=True, dtype=dtype, max_model_len=128, enforce_eager=True
-    )
-    try:
+    with engine(path, dtype) as llm:
         (resident,) = llm.apply_model(quantized_bytes)
-    finally:
-        del llm
-        cleanup_dist_env_and_memory()
     # A kernel may pad rows and columns of these tiny layers to its tiles, but a bf16 copy of the
     # weights would be several times as large.
     dense = sum(2 * N * K for N, K in checkpoint.shapes.values())

@@ -11,9 +11,11 @@ from vllm.model_executor.layers.quantization.base_config import (
     QuantizationConfig,
     QuantizeMethodBase,
 )
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
 from vllm_bmos.checkpoint import QUANT_METHOD, BinaryMosConfig, Checkpoint, FormatError
 from vllm_bmos.checkpoint.format import BIAS, INDEX_FILE, MANIFEST_FILE, SINGLE_FILE
+from vllm_bmos.plugin.embedding import LeanEmbeddingMethod
 from vllm_bmos.plugin.linear import BinaryMosLinearMethod
 
 if TYPE_CHECKING:
@@ -31,6 +33,10 @@ CHECKPOINT_LOAD_FORMATS = {
     "instanttensor",
     "runai_streamer",
 }
+
+
+# vLLM builds the draft model of a speculative pair under this prefix.
+DRAFT_PREFIX = "draft_model."
 
 
 class BinaryMosVllmConfig(QuantizationConfig):
@@ -102,9 +108,10 @@ class BinaryMosVllmConfig(QuantizationConfig):
         Raises:
             ValueError: if a layer is quantized in the checkpoint and cannot be served.
         """
+        prefix = prefix.removeprefix(DRAFT_PREFIX)
         if not isinstance(layer, LinearBase):
             self._refuse_quantized(layer, prefix)
-            return None
+            return LeanEmbeddingMethod() if isinstance(layer, VocabParallelEmbedding) else None
         shards = self.shard_names(prefix)
         quantized = [shard in self.modules for shard in shards]
         if not any(quantized):
