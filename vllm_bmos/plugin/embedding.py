@@ -1,0 +1,42 @@
+"""vLLM's own embedding and lm_head, without the copies of them that vLLM keeps on a CPU.
+
+vLLM packs the weight of every embedding layer for oneDNN, also of one that is only looked up, and
+keeps the packed weight of an lm_head beside the plain one. Beside 1-bit layers each such copy is
+a fifth of the model.
+"""
+
+import torch
+from typing_extensions import override
+from vllm.config import get_current_vllm_config_or_none
+from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    UnquantizedEmbeddingMethod,
+)
+from vllm.platforms import current_platform
+
+
+class LeanEmbeddingMethod(UnquantizedEmbeddingMethod):
+    """The unquantized method, with one copy of the weight wherever one is enough."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        config = get_current_vllm_config_or_none()
+        # Unknown counts as tied: then the head's weight is also the table that is looked up.
+        self.tied = config is None or getattr(
+            config.model_config.hf_text_config, "tie_word_embeddings", True
+        )
+
+    @override
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        if current_platform.is_cpu() and isinstance(layer, ParallelLMHead):
+            dispatch_cpu_unquantized_gemm(layer, remove_weight=not self.tied)
+
+    @override
+    def apply(
+        self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        if current_platform.is_cpu() and not hasattr(layer, "cpu_linear"):
+            # Models without an lm_head of their own use the embedding as one.
+            dispatch_cpu_unquantized_gemm(layer, remove_weight=False)
+        return super().apply(layer, x, bias)
