@@ -103,7 +103,8 @@ def run_convert(args: argparse.Namespace) -> int:
         fit.finish(args.dst)
     print(conversion_report(plan, args.dst, zeros))
     if text is not None:
-        perplexities = evaluate(plan.source, args.dst, text)
+        dense = fit.source.dense if fit else plan.source
+        perplexities = evaluate(dense, args.dst, text)
         for name, value in perplexities.items():
             print(f"perplexity of the {name} model on {args.eval_text.name}: {value:.2f}")
         card = model_card(plan, perplexities, args.eval_text.name)

@@ -1,0 +1,81 @@
+import json
+
+import pytest
+import torch
+
+from converters.hf_to_bmos import main
+from tests.converters.models import make_dense
+from tests.tiny import add_tokenizer
+from vllm_bmos.checkpoint.format import IN_SCALE
+from vllm_bmos.checkpoint.reader import Checkpoint
+
+STAGES = ("hessian", "kd-scales", "qat")
+
+
+@pytest.fixture
+def source(tmp_path):
+    path = make_dense(tmp_path / "dense")
+    add_tokenizer(path)
+    lines = [{"text": f"line {i}: the quick brown fox jumps over it"} for i in range(400)]
+    (tmp_path / "text.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return path
+
+
+def convert(source, name, *flags):
+    text = str(source.parent / "text.jsonl")
+    size = ("--windows", "8", "--length", "64", "--tokens", "512", "--experts", "2")
+    target = source.parent / name
+    return target, main([str(source), str(target), "--calibration", text, *size, *flags])
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_fit_from_the_command_line(source, stage, capsys):
+    target, code = convert(source, "packed", "--stage", stage)
+    assert code == 0
+    config = Checkpoint(target).config
+    stages = ["hessian"] if stage == "hessian" else ["hessian", stage]
+    assert config.provenance["stage"] == stage and config.provenance["stages"] == stages
+    record = config.provenance["calibration"]
+    assert record["texts"][0]["name"] == "text.jsonl" and record["windows"] == 8
+    assert config.num_experts == 2
+    assert not target.with_name("packed.fit").exists()
+    assert "garbage" not in (target / "README.md").read_text()
+    assert main(["verify", str(target), "--source", str(source)]) == 0
+    assert f"were fitted by stage '{stage}'" in capsys.readouterr().out
+
+
+def test_a_finished_fit_is_not_repeated(source):
+    target, _ = convert(source, "packed", "--stage", "hessian")
+    before = (target / "model.safetensors").stat()
+    assert convert(source, "packed", "--stage", "hessian", "--resume")[1] == 0
+    assert (target / "model.safetensors").stat() == before
+    assert convert(source, "packed", "--stage", "hessian")[1] == 3  # it exists
+
+
+def test_a_fit_differs_from_plain_signs(source):
+    fitted, _ = convert(source, "fitted", "--stage", "hessian")
+    plain, _ = convert(source, "plain")
+    name = f"{Checkpoint(fitted).config.modules[0]}.{IN_SCALE}"
+    assert not torch.equal(Checkpoint(fitted).tensor(name), Checkpoint(plain).tensor(name))
+
+
+def test_a_dry_run_plans_the_fit_and_writes_nothing(source, capsys):
+    target, code = convert(source, "dry", "--stage", "hessian", "--dry-run")
+    assert code == 0 and "stage       hessian, E = 2" in capsys.readouterr().out
+    assert not target.exists() and not target.with_name("dry.fit").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "No such file"), ('{"txt": 1}', '"text" in every line'), ('{"text": "x"}', "fewer")],
+)
+def test_bad_text_is_named(source, capsys, content, message):
+    text = source.parent / "bad.jsonl"
+    if content is not None:
+        text.write_text(content)
+    target = source.parent / "packed"
+    arguments = [str(source), str(target), "--stage", "hessian", "--calibration", str(text)]
+    assert main(arguments) == 1
+    printed = capsys.readouterr().err
+    assert "bad.jsonl" in printed and message in printed
+    assert not target.exists()
