@@ -76,7 +76,7 @@ class BlockModel:
         with self._stand_ins(hidden, calls):
             for window in tokens:
                 calls.clear()
-                self.model(window[None], use_cache=False)
+                self.model.get_decoder()(window[None], use_cache=False)  # without the head
         return torch.cat(hidden), calls
 
     @contextmanager
