@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.checkpoint.build import LAYERS, build, tensors
+from tests.tiny import make_packed
 from vllm_bmos.checkpoint import FormatError
 from vllm_bmos.checkpoint.format import IN_SCALE, OUT_SCALE, ROUTER, WEIGHT
 from vllm_bmos.checkpoint.verify import verify
@@ -47,6 +48,13 @@ def test_a_good_checkpoint_passes(packed):
     seen = []
     assert verify(packed, seen.append).shapes == LAYERS
     assert sorted(seen) == NAMES
+
+
+@pytest.mark.parametrize("scale_dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_what_an_independent_writer_wrote_passes(tmp_path, scale_dtype):
+    """tests/tiny.py follows docs/FORMAT.md with numpy and safetensors alone."""
+    path = make_packed("qwen2", tmp_path / "packed", scale_dtype=scale_dtype)
+    assert len(verify(path).shapes) == 14
 
 
 @pytest.mark.parametrize("name", NAMES)

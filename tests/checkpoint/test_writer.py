@@ -88,7 +88,7 @@ def test_refuses_more_or_fewer_bytes_than_planned(tmp_path, data):
     specs = {"a": TensorSpec("U8", (3,)), "b": TensorSpec("U8", (3,))}
     writer = CheckpointWriter(tmp_path, specs, 1000)
     writer.write_chunks("b", [memoryview(b"xyz")])
-    with pytest.raises(FormatError, match="^a: planned as"):
+    with pytest.raises(FormatError, match=r"^a: planned as"):
         writer.write_chunks("a", [memoryview(data)])
     with pytest.raises(FormatError, match="a was planned but never written"):
         writer.finish()

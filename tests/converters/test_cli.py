@@ -49,6 +49,23 @@ def test_as_a_file_and_as_a_module(tmp_path, source):
         assert done.stdout.count("\n") == 2
 
 
+def test_push_to_hub_is_asked_for_and_private(tmp_path, source, monkeypatch):
+    calls = []
+
+    class Api:
+        def create_repo(self, name, **options):
+            calls.append(("create", name, options["private"]))
+
+        def upload_folder(self, repo_id, folder_path):
+            calls.append(("upload", repo_id, sorted(file.name for file in folder_path.iterdir())))
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    assert main([str(source), str(tmp_path / "a")]) == 0 and calls == []
+    assert main([str(source), str(tmp_path / "b"), "--push-to-hub", "me/model"]) == 0
+    files = ["README.md", "bmos_manifest.json", "config.json", "model.safetensors"]
+    assert calls == [("create", "me/model", True), ("upload", "me/model", files)]
+
+
 def test_importing_the_converter_does_not_import_vllm():
     code = "import converters.hf_to_bmos, sys; sys.exit('vllm' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

@@ -234,21 +234,28 @@ def small(tmp_path_factory):
     return source, content(path / "wanted")
 
 
-@pytest.mark.parametrize("moment", [0.1, 0.5, 0.9])
-def test_killed_and_resumed(tmp_path, small, moment):
-    """SIGKILL while layers are written; then --resume to the bytes of an undisturbed run."""
+@pytest.mark.parametrize(
+    ("moment", "sign", "code"),
+    [
+        (0.1, signal.SIGKILL, -signal.SIGKILL),
+        (0.9, signal.SIGKILL, -signal.SIGKILL),
+        (0.5, signal.SIGINT, 130),
+    ],
+)
+def test_killed_and_resumed(tmp_path, small, moment, sign, code):
+    """A signal while layers are written; then --resume to the bytes of an undisturbed run."""
     source, wanted = small
     target = tmp_path / "target"
     command = [sys.executable, str(ROOT / "converters/hf_to_bmos.py"), str(source), str(target)]
     journal = tmp_path / "target.partial/journal.jsonl"
     process = subprocess.Popen([*command, "--jobs", "1"], stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while process.poll() is None and time.monotonic() < deadline:
         if journal.exists() and journal.read_text().count("\n") > moment * JOBS:
-            process.send_signal(signal.SIGKILL)
+            process.send_signal(sign)
             break
         time.sleep(0.0005)
-    assert process.wait(60) == -signal.SIGKILL
+    assert process.wait(300) == code
     assert not target.exists()
     subprocess.run([*command, "--resume"], check=True, capture_output=True)
     assert content(target) == wanted
