@@ -9,6 +9,9 @@ beside the JSON.
 """
 
 import argparse
+import contextlib
+import ctypes
+import gc
 import re
 import sys
 from collections.abc import Iterator
@@ -76,6 +79,7 @@ def main() -> int:
         for row in bench_shape(weights, peers, args.M, args.rounds, timer, wrong):
             rows.append(row | rates(row, limits))
         print_table(rows, K, N)
+        release_memory()
     result = {
         "machine": machine,
         "missing": missing,
@@ -187,6 +191,13 @@ def bench_shape(
                     "bits": case.mode.bits,
                     "arithmetic": case.mode.arithmetic,
                 }
+
+
+def release_memory() -> None:
+    """Give the freed copies of one shape back to the system before the next shape's are made."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # another C library needs no such call
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def load_cases(weights: Weights, peers: list[Peer]) -> Iterator[tuple[Case, Loaded]]:
