@@ -153,6 +153,10 @@ private:
         const int64_t column = h.column_of(s) + b * kBlock;
         const int n = int(std::min<int64_t>(kBlock, h.shard_sizes[s] - b * kBlock));
         own.scales.read(c, column, n);
+        if (n == kBlock) {
+            const int64_t rest = h.shard_sizes[s] - (b + 1) * kBlock;
+            BlockScales::fetch_soon(c, column + kBlock, std::min<int64_t>(kBlock, rest));
+        }
         const uint32_t* words = h.words_of(s) + b * Kp;
         const int tiles = int((M + kTile - 1) / kTile * h.planes);
         for (int64_t k = 0; k < Kp; k += kSlice) {

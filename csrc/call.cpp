@@ -89,6 +89,12 @@ BlockScales::BlockScales(const Call& call, Arena& arena)
     : s_out_(arena.take<float>(call.h.E * kBlock)),
       bias_(call.bias ? arena.take<float>(kBlock) : nullptr) {}
 
+void BlockScales::fetch_soon(const Call& call, int64_t column, int64_t n) {
+    for (int64_t e = 0; e < call.h.E; ++e) {
+        fetch(call.scale_at(call.s_out, e * call.N + column), n * bytes_of(call.h.scale_dtype));
+    }
+}
+
 void BlockScales::read(const Call& call, int64_t column, int n) const {
     for (int64_t e = 0; e < call.h.E; ++e) {
         call.f.to_float(call.scale_at(call.s_out, e * call.N + column), call.h.scale_dtype, n,

@@ -41,6 +41,12 @@ bool as_product(const Call& call);   // the first phase is split along M
 bool logits_only(const void* x, int x_dtype, int64_t M, int64_t K, const void* router,
                  int scale_dtype, int64_t rows, float* logits, int threads);
 
+// Fetch what will be read soon into the cache.
+inline void fetch(const void* from, int64_t bytes) {
+    const char* p = static_cast<const char*>(from);
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, 2);
+}
+
 int64_t bytes_of(int dtype);
 int64_t chunks_of(int64_t K);
 int chunk_size(int64_t K, int64_t chunk);
@@ -65,6 +71,8 @@ struct Grid {
 class BlockScales {
 public:
     BlockScales(const Call& call, Arena& arena);
+    // Fetch s_out of the `n` outputs from `column` on.
+    static void fetch_soon(const Call& call, int64_t column, int64_t n);
     // Of the `n` outputs from `column` on.
     void read(const Call& call, int64_t column, int n) const;
     const float* s_out() const { return s_out_; }

@@ -9,11 +9,6 @@
 namespace bmos {
 namespace {
 
-// Fetch what will be read soon into the cache.
-void fetch(const char* from, const char* to) {
-    for (; from < to; from += 64) __builtin_prefetch(from, 0, 2);
-}
-
 // What a thread has for itself.
 struct Own {
     float* G;         // [M, S, E]
@@ -111,7 +106,7 @@ private:
                 const int64_t m = item / chunks, i = item % chunks, k = i * kChunk;
                 // The scales are read next, and lie as the router does.
                 const int64_t at = r * h.K + k;
-                fetch(c.scale_at(c.s_in, at), c.scale_at(c.s_in, at + chunk_size(h.K, i)));
+                fetch(c.scale_at(c.s_in, at), chunk_size(h.K, i) * bytes_of(h.scale_dtype));
                 c.f.dot(x + m * Kp + k, 0, 1, c.scale_at(c.router, at), h.scale_dtype,
                         chunk_size(h.K, i), parts + item * rows + r);
             }
@@ -150,11 +145,8 @@ private:
     // The out-scales of a unit of blocks.
     void fetch_scales(int64_t s, int64_t block) const {
         const int64_t n = block * kBlock;
-        const int64_t size = std::min<int64_t>(kUnit * kBlock, h.shard_sizes[s] - n);
-        for (int64_t e = 0; e < h.E; ++e) {
-            const int64_t at = e * c.N + h.column_of(s) + n;
-            fetch(c.scale_at(c.s_out, at), c.scale_at(c.s_out, at + size));
-        }
+        BlockScales::fetch_soon(c, h.column_of(s) + n,
+                                std::min<int64_t>(kUnit * kBlock, h.shard_sizes[s] - n));
     }
 
     // A row is m * S + s.
