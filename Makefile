@@ -2,7 +2,7 @@
 # make demo    converts a real model to 1 bit, serves it, asks it two questions, stops
 # make serve   the same, and leaves the server running
 # make test    the default test suite; make test-slow: the long tests
-# make check   linter and type checker
+# make check   linter and type checker; make sanitize: the C++ under its sanitizers
 # make bench   the quick benchmark of the linear layer
 #
 # Variables: PYTHON=python3.12  BACKEND=cuda  TORCH_INDEX=...  FIT=...
@@ -17,7 +17,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := $(VENV)/.setup-$(BACKEND)
 NATIVE := $(wildcard setup.py csrc/*)
 
-.PHONY: setup demo serve test test-slow check bench clean
+.PHONY: setup demo serve test test-slow sanitize check bench clean
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -39,6 +39,9 @@ test: setup
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
+
+sanitize: setup
+	csrc/sanitize.sh $(BIN)/python
 
 check: setup
 	$(BIN)/ruff check .
