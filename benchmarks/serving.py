@@ -12,6 +12,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,29 +55,35 @@ def main() -> int:
     shape = with_layers(SHAPES[args.shape], args.layers)
     args.work.mkdir(parents=True, exist_ok=True)
     load = Load(args.batch, args.prompt, args.output, args.threads, options=args.serve_options)
-    rows: list[dict[str, Any]] = []
-    missing: dict[str, str] = {}
-    if "vllm_bmos" in args.providers:
-        rows.append(bench_bmos(shape, args, load))
-    if "vllm_bf16" in args.providers:
-        rows.append(bench_bf16(shape, args, load))
-    if "llama_cpp" in args.providers:
-        reason = LlamaCpp().unavailable()
-        if reason is None:
-            rows += [bench_llama_cpp(type_name, args) for type_name in LLAMA_TYPES]
-        else:
-            missing["llama_cpp"] = reason
-            logger.warning("missing: llama_cpp: %s", reason)
-    result = {
+    result: dict[str, Any] = {
         "machine": machine,
         "model": {"shape": args.shape, "layers": shape.num_hidden_layers, "E": args.E},
         "load": {"batches": args.batch, "prompt": args.prompt, "output": args.output},
-        "missing": missing,
-        "rows": rows,
+        "missing": {},
+        "rows": [],
     }
-    write_json(args.json, result)
-    print_table(rows)
+    for row in bench(shape, args, load, result["missing"]):
+        result["rows"].append(row)
+        write_json(args.json, result)  # each row takes minutes: none is lost with the next
+    print_table(result["rows"])
     return 0
+
+
+def bench(
+    shape: Shape, args: argparse.Namespace, load: Load, missing: dict[str, str]
+) -> Iterator[dict[str, Any]]:
+    """The row of each provider that runs here; the reasons of the others go to `missing`."""
+    if "vllm_bmos" in args.providers:
+        yield bench_bmos(shape, args, load)
+    if "vllm_bf16" in args.providers:
+        yield bench_bf16(shape, args, load)
+    if "llama_cpp" in args.providers:
+        reason = LlamaCpp().unavailable()
+        if reason is None:
+            yield from (bench_llama_cpp(type_name, args) for type_name in LLAMA_TYPES)
+        else:
+            missing["llama_cpp"] = reason
+            logger.warning("missing: llama_cpp: %s", reason)
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
