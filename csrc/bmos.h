@@ -31,15 +31,17 @@ BMOS_API int64_t bmos_packed_bytes(int64_t K, const int64_t* shard_sizes, int64_
 
 // Re-lay bits[N, ceil(K/8)] (the checkpoint's) into `packed` of bmos_packed_bytes(), 8-aligned,
 // behind a header that keeps the other arguments for bmos_linear.
-BMOS_API int bmos_pack(const uint8_t* bits, int64_t K, const int64_t* shard_sizes, int64_t S, int64_t E,
-              int scale_dtype, int mode, void* packed, int threads);
+BMOS_API int bmos_pack(const uint8_t* bits, int64_t K, const int64_t* shard_sizes, int64_t S,
+                       int64_t E, int scale_dtype, int mode, void* packed, int threads);
 
 // logits[M, rows] = x[M, K] @ router[rows, K].T in fp32.
-BMOS_API int bmos_router_logits(const void* x, int x_dtype, int64_t M, int64_t K, const void* router,
-                       int scale_dtype, int64_t rows, float* logits, int threads);
+BMOS_API int bmos_router_logits(const void* x, int x_dtype, int64_t M, int64_t K,
+                                const void* router, int scale_dtype, int64_t rows,
+                                float* logits, int threads);
 
 // y[M, N] of the whole layer; `logits` [M, S, E] and `bias` [N] may be null.
 BMOS_API int bmos_linear(const void* x, int x_dtype, int64_t M, int64_t K, const float* logits,
-                const void* packed, const void* s_in, const void* s_out, const void* router,
-                const void* bias, int bias_dtype, void* y, int64_t N, int threads);
+                         const void* packed, const void* s_in, const void* s_out,
+                         const void* router, const void* bias, int bias_dtype, void* y, int64_t N,
+                         int threads);
 }

@@ -65,7 +65,8 @@ void expand(const uint32_t* words, int64_t width, uint8_t* B) {
     }
 }
 
-// R tokens by 16 rows of the layer. A pair of products is at most 2 * 128, so 128 pairs fit 16 bits.
+// R tokens by 16 rows of the layer. A pair of products is at most 2 * 128, so 16 bits
+// hold 128 pairs.
 template <int R>
 void gemm_rows(const int8_t* A, int64_t width, const uint8_t* B, int32_t* C, bool add) {
     for (int64_t start = 0; start < width; start += 512) {
@@ -121,6 +122,17 @@ void gemm(const int8_t* A, int64_t stride, int tiles, int rows, int64_t width, c
 }  // namespace bmos::avx2
 
 const bmos::Kernels bmos::avx2_kernels = {
-    "avx2", {},      avx2::to_float, avx2::dot,     avx2::mix,     nullptr, nullptr,
-    avx2::digits, avx2::expand, avx2::gemm,     avx2::nothing, avx2::nothing, avx2::finish,
+    "avx2",
+    {},
+    avx2::to_float,
+    avx2::dot,
+    avx2::mix,
+    nullptr,
+    nullptr,
+    avx2::digits,
+    avx2::expand,
+    avx2::gemm,
+    avx2::nothing,
+    avx2::nothing,
+    avx2::finish,
 };

@@ -230,6 +230,17 @@ void gemm(const int8_t* A, int64_t stride, int tiles, int rows, int64_t width, c
 }  // namespace bmos::avx512
 
 const bmos::Kernels bmos::avx512_kernels = {
-    "avx512", {0, 6, INT64_MAX, 0, 0},   avx512::to_float, avx512::dot,  avx512::mix,     avx512::tables, avx512::gemv,
-    avx512::digits,   avx512::expand, avx512::gemm,     avx512::nothing, avx512::nothing, avx512::finish,
+    "avx512",
+    {0, 6, INT64_MAX, 0, 0},
+    avx512::to_float,
+    avx512::dot,
+    avx512::mix,
+    avx512::tables,
+    avx512::gemv,
+    avx512::digits,
+    avx512::expand,
+    avx512::gemm,
+    avx512::nothing,
+    avx512::nothing,
+    avx512::finish,
 };

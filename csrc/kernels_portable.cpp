@@ -102,6 +102,17 @@ void gemm(const int8_t* A, int64_t stride, int tiles, int rows, int64_t width, c
 }  // namespace bmos::portable
 
 const bmos::Kernels bmos::portable_kernels = {
-    "portable", {0, INT64_MAX, INT64_MAX, 0, 0},    portable::to_float, portable::dot,     portable::mix,     portable::tables, portable::gemv,
-    portable::digits,     portable::expand, portable::gemm,     portable::nothing, portable::nothing, portable::finish,
+    "portable",
+    {0, INT64_MAX, INT64_MAX, 0, 0},
+    portable::to_float,
+    portable::dot,
+    portable::mix,
+    portable::tables,
+    portable::gemv,
+    portable::digits,
+    portable::expand,
+    portable::gemm,
+    portable::nothing,
+    portable::nothing,
+    portable::finish,
 };

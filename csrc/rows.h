@@ -136,7 +136,8 @@ void mix_as(const float* x, int64_t ldx, int T, const void* s_in, int64_t lds, i
     const auto* s = static_cast<const typename D::type*>(s_in);
     if (T == kTokens) return mix_of<D, kTokens>(x, ldx, s, lds, E, G, n, padded, out, max_bits);
     for (int t = 0; t < T; ++t) {
-        mix_of<D, 1>(x + t * ldx, ldx, s, lds, E, G + t * E, n, padded, out + t * ldx, max_bits + t);
+        mix_of<D, 1>(x + t * ldx, ldx, s, lds, E, G + t * E, n, padded, out + t * ldx,
+                     max_bits + t);
     }
 }
 

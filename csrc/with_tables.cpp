@@ -154,7 +154,9 @@ private:
         const int32_t* bits = max_bits + row * chunks;
         return Grid(*std::max_element(bits, bits + chunks), h.planes);
     }
-    Tables shared_tables(int64_t row) const { return {sums + row * Kp * 8, factor + row * Kp / 16}; }
+    Tables shared_tables(int64_t row) const {
+        return {sums + row * Kp * 8, factor + row * Kp / 16};
+    }
     void tabulate(int64_t row, Tables tables, const uint32_t* next) const {
         const Grid grid = grid_of(row);
         if (grid.finite()) c.f.tables(t + row * Kp, Kp, grid.inverse, tables, next);
