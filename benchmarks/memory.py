@@ -17,6 +17,7 @@ this project writes it: whole bytes a row, file header, manifest; every file but
 """
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,18 @@ def measured(path: Path) -> dict[str, Any]:
     }
 
 
+def held_by_vllm(path: Path) -> int:
+    """Bytes that the quantized layers of a checkpoint take in vLLM, loaded in this process."""
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    from vllm import LLM
+
+    from vllm_bmos.plugin.memory import quantized_bytes
+
+    llm = LLM(str(path), skip_tokenizer_init=True, enforce_eager=True, max_model_len=128)
+    return int(llm.apply_model(quantized_bytes)[0])
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: GB by method, the paper's figure in brackets."""
     methods = [*BITS_PER_WEIGHT, "OneBit", "BinaryMoS"]
@@ -149,6 +162,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--json", type=Path, default=RESULTS / "memory.json", metavar="FILE")
     parser.add_argument("--checkpoint", type=Path, action="append", default=[], metavar="DIR")
+    parser.add_argument("--serve", action="store_true", help="load each DIR in vLLM as well")
     args = parser.parse_args()
     start(threads=1)
     rows = []
@@ -162,6 +176,9 @@ def main() -> None:
             }
         )
     result: dict[str, Any] = {"rows": rows, "measured": [measured(p) for p in args.checkpoint]}
+    if args.serve:
+        for row, path in zip(result["measured"], args.checkpoint, strict=True):
+            row["held_by_vllm_bytes"] = held_by_vllm(path)
     print_facts({"experts": E})
     print(table(rows))
     for row in result["measured"]:
@@ -170,6 +187,9 @@ def main() -> None:
             f"{row['name']}: {row['directory_bytes'] / GB:.3f} GB on disk, "
             f"{row['tensor_bytes'] / GB:.3f} GB of tensors, {bits:.3f} bits per packed weight"
         )
+        if "held_by_vllm_bytes" in row:
+            held = row["held_by_vllm_bytes"] / row["packed_layer_bytes"]
+            print(f"  vLLM holds {held:.4f} times the packed layers' bytes for them")
     write_json(args.json, result)
 
 

@@ -3,29 +3,12 @@
 from pathlib import Path
 
 import pytest
-import torch
-from torch import nn
 
 from tests.engine.compare import engine
 from tests.tiny import make_packed
 from vllm_bmos.checkpoint import Checkpoint
 from vllm_bmos.checkpoint.format import REQUIRED
-
-
-def quantized_bytes(model: nn.Module) -> int:
-    """Bytes of every tensor that hangs on a quantized layer, by whatever name."""
-    total = 0
-    for layer in model.modules():
-        if hasattr(layer, "weight_packed"):
-            tensors = [
-                value
-                for holder in (layer._parameters, layer._buffers, vars(layer))
-                for value in holder.values()
-                if isinstance(value, torch.Tensor)
-            ]
-            storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors}
-            total += sum(storage.nbytes() for storage in storages.values())
-    return total
+from vllm_bmos.plugin.memory import quantized_bytes
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
