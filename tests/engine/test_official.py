@@ -46,7 +46,8 @@ def test_official_checkpoint_serves_the_official_formula(tmp_path: Path) -> None
     for name in linear_names(model):
         linear = model.get_submodule(name)
         model.set_submodule(name, OfficialLinear(linear.in_features, linear.out_features))
-    model = model.half().float()  # the published checkpoints are fp16
+    for parameter in model.parameters():  # the published checkpoints are fp16
+        parameter.data = parameter.data.half().float()
 
     source = tmp_path / "official"
     source.mkdir()
