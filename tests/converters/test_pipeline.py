@@ -249,7 +249,12 @@ def test_killed_and_resumed(tmp_path, small, moment, sign, code):
     target = tmp_path / "target"
     command = [sys.executable, str(ROOT / "converters/hf_to_bmos.py"), str(source), str(target)]
     journal = tmp_path / "target.partial/journal.jsonl"
-    process = subprocess.Popen([*command, "--jobs", "1"], stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [*command, "--jobs", "1"],
+        stderr=subprocess.DEVNULL,
+        # A background job of a shell inherits SIGINT ignored, and would not be interrupted.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     deadline = time.monotonic() + 300
     while process.poll() is None and time.monotonic() < deadline:
         if journal.exists() and journal.read_text().count("\n") > moment * JOBS:
