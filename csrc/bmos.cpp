@@ -7,30 +7,12 @@
 
 #include "call.h"
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 namespace bmos {
 namespace {
 
 bool shape_ok(int64_t K, const int64_t* shard_sizes, int64_t S) {
     return K >= 1 && K <= kMaxK && S >= 1 &&
            std::all_of(shard_sizes, shard_sizes + S, [](int64_t n) { return n >= 0; });
-}
-
-// Weights are read once per token, from end to end: with large pages the memory's prefetchers
-// are not stopped at the end of every 4 KB.
-void ask_for_large_pages(void* start, int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-    constexpr uintptr_t page = 2 << 20;
-    const uintptr_t first = (reinterpret_cast<uintptr_t>(start) + page - 1) / page * page;
-    const uintptr_t last = (reinterpret_cast<uintptr_t>(start) + uintptr_t(bytes)) / page * page;
-    // Only a request: where it is refused, small pages serve.
-    if (first < last) (void)madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#else
-    (void)start, (void)bytes;
-#endif
 }
 
 // dword[columns][32] of the rows of one block, of which `rows` exist.
@@ -69,7 +51,6 @@ int64_t bmos_packed_bytes(int64_t K, const int64_t* shard_sizes, int64_t S) {
 int bmos_pack(const uint8_t* bits, int64_t K, const int64_t* shard_sizes, int64_t S, int64_t E,
               int scale_dtype, int mode, void* packed, int threads) {
     if (!shape_ok(K, shard_sizes, S) || E < 1) return BMOS_SHAPE;
-    ask_for_large_pages(packed, bmos_packed_bytes(K, shard_sizes, S));
     auto* h = static_cast<Header*>(packed);
     h->magic = Header::kMagic;
     h->scale_dtype = scale_dtype;
