@@ -2,7 +2,8 @@
 
 It runs where the Triton kernels do not (older or other GPUs, float32 activations, no Triton), and
 the Triton kernels are checked against it at load. Each call writes and reads the signs as floats,
-a part at a time, so it is no faster than a dense layer; it keeps the memory saving.
+a part at a time, so it is no faster than a dense layer; it keeps the memory saving. It rounds
+where the Triton kernels and the authors' layer do, and its products too.
 """
 
 import torch
@@ -45,27 +46,33 @@ class DequantKernel(Kernel):
         bias: torch.Tensor | None,
         shard_sizes: list[int],
     ) -> torch.Tensor:
-        """The layer; products are rounded to x's dtype once, all else is float32."""
+        """The layer; logits, gates, mixed scales, scaled x, products and y are of x's dtype."""
         compute = compute_dtype(x.dtype)
         if logits is None:
             logits = self.router_logits(x, tensors.router_weight, len(shard_sizes))
         M, K = x.shape
-        gates = logits.to(compute).softmax(dim=-1).unbind(1)  # S tensors G[M, E]
+        # S tensors G[M, E]; a float32 x makes every rounding here void
+        gates = rounded(rounded(logits, x).softmax(dim=-1), x).unbind(1)
         part = max(1, PART_BYTES // (K * x.element_size()))
         y = x.new_empty((M, sum(shard_sizes)))
         first = 0
         for G, S_in, size in zip(
             gates, tensors.in_channel_scale.unbind(), shard_sizes, strict=True
         ):
-            scaled = (x.to(compute) * (G @ S_in.to(compute))).to(x.dtype)
+            scaled = (x.to(compute) * rounded(G @ S_in.to(compute), x)).to(x.dtype)
             for begin in range(first, first + size, part):
                 rows = min(part, first + size - begin)
                 signs = unpack_signs(tensors.weight.narrow(0, begin, rows), K, x.dtype)
                 products = (scaled @ signs.mul_(SIGN_SCALE).T).to(compute)
                 S_out = tensors.out_channel_scale.narrow(1, begin, rows).to(compute)
-                out = products * (G @ (S_out / SIGN_SCALE))
+                out = products * (rounded(G @ S_out, x) / SIGN_SCALE)
                 if bias is not None:
                     out = out + bias.narrow(0, begin, rows).to(compute)
                 y.narrow(1, begin, rows).copy_(out)
             first += size
         return y
+
+
+def rounded(values: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Values as x's dtype holds them, in the dtype to compute with."""
+    return values.to(x.dtype).to(compute_dtype(x.dtype))

@@ -18,8 +18,9 @@ pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="compiling needs a process without it"
 )
 
-K = 4096
-MERGED = (4096, 1024, 1024)
+PLAIN = (4096, 4096)  # K, and the outputs of each shard
+MERGED = (4096, 4096, 1024, 1024)
+ONE_BLOCK = (77, 1, 5)  # a single step over K, which must stay a loop
 DTYPES = (torch.float16, torch.bfloat16)
 WIDER = "wider"  # the slow part: bfloat16 beyond decode, other shapes
 SHARED_LIMIT = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
@@ -30,8 +31,8 @@ DECODE_LIMIT = 1.45  # instructions per weight and lane
 
 def compiled(job):
     """(job, [(launch name, options, grid, Sass)]) in a worker process."""
-    arch, M, dtype, shard_sizes, only = job
-    launches = aot.layer_launches(arch, M, K, shard_sizes, 4, dtype, dtype, biased=True)
+    arch, M, dtype, (K, *shard_sizes), only = job
+    launches = aot.layer_launches(arch, M, K, tuple(shard_sizes), 4, dtype, dtype, biased=True)
     return job, [
         (recorded.name, recorded.options, aot.compile_sass(recorded, arch))
         for recorded in launches
@@ -47,14 +48,16 @@ def jobs(wider: bool):
             for tile in tiles:
                 if wider == (tile.M > 16 and dtype == torch.bfloat16):
                     yield arch, tile.M, dtype, MERGED, gemm
+                if wider or (arch == 86 and tile is tiles[-1]):
+                    yield arch, tile.M, dtype, ONE_BLOCK, gemm
             if wider:
-                yield arch, 3, dtype, (300,), gemm
-                yield arch, 1000, dtype, (K,), large
+                yield arch, 3, dtype, (4096, 300), gemm
+                yield arch, 1000, dtype, PLAIN, large
         if wider:
-            yield arch, 1, torch.bfloat16, (K,), ("route",)
+            yield arch, 1, torch.bfloat16, PLAIN, ("route",)
         else:
-            yield arch, 1, torch.float16, (K,), ("route",)
-            yield arch, tiles[-1].M + 500, torch.float16, (K,), (*large, "route")
+            yield arch, 1, torch.float16, PLAIN, ("route",)
+            yield arch, tiles[-1].M + 500, torch.float16, PLAIN, (*large, "route")
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +65,8 @@ def results(request):
     with ProcessPoolExecutor(2, get_context("spawn")) as pool:
         found = list(pool.map(compiled, jobs(wider=request.param == WIDER)))
     return [
-        (f"sm_{arch} {dtype} M={M} {shards} {name}", arch, name, options, sass)
-        for (arch, M, dtype, shards, _), compiled_launches in found
+        (f"sm_{arch} {dtype} M={M} {shape} {name}", arch, name, options, sass)
+        for (arch, M, dtype, shape, _), compiled_launches in found
         for name, options, sass in compiled_launches
     ]
 

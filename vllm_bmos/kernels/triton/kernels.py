@@ -11,6 +11,9 @@ Letters: M tokens, N outputs, K inputs, E experts, S shards. A row of signs is K
 K padded to KP = 128*KB inputs so that rows start on 16 bytes; passing KB and not KW is what tells
 the compiler so. Each shard's rows are padded to a multiple of ROWS.
 
+Rounded to x's dtype are the logits, G, G @ S_in, xs, G @ S_out and y, as in the authors' layer;
+everything between is float32.
+
 Bit planes: xs[s, m, b, i, j] is the input that meets bit i of word 64*b + j, k = 16*(64*b + j) + i,
 and zero behind K. The weights stay as the checkpoint packs them; it is the small activation that is
 permuted, once a token. Blocks of 64 words make the distance between planes a constant.
@@ -54,13 +57,16 @@ def _locate(row, sizes):
 @triton.jit
 def _mix_expert(total, s_out, g, e, cols, col_mask, tokens, token_mask, N, E: tl.constexpr):
     scale = tl.load(s_out + e * N + cols, mask=col_mask, other=0.0).to(tl.float32)
-    gate = tl.load(g + tokens * E + e, mask=token_mask, other=0.0)
+    gate = tl.load(g + tokens * E + e, mask=token_mask, other=0.0).to(tl.float32)
     return total + scale[:, None] * gate[None, :]
 
 
 @triton.jit
 def _mix_s_out(s_out, g, cols, col_mask, tokens, token_mask, N, E: tl.constexpr):
-    """(G @ S_out).T for a tile: float32 [columns, tokens]. `g` points at this shard's G[M,E]."""
+    """(G @ S_out).T for a tile, rounded to G's dtype: float32 [columns, tokens].
+
+    `g` points at this shard's G[M,E].
+    """
     total = tl.zeros([cols.shape[0], tokens.shape[0]], tl.float32)
     if E <= UNROLLED_EXPERTS:
         for e in tl.static_range(E):
@@ -68,7 +74,7 @@ def _mix_s_out(s_out, g, cols, col_mask, tokens, token_mask, N, E: tl.constexpr)
     else:
         for e in tl.range(E, num_stages=1):
             total = _mix_expert(total, s_out, g, e, cols, col_mask, tokens, token_mask, N, E)
-    return total
+    return round_to(total, g.dtype.element_ty).to(tl.float32)
 
 
 @triton.jit
@@ -110,7 +116,8 @@ def route(
 ):  # fmt: skip
     """xs[S,M,blocks,16,64], even_sums[S,M] and g[S,M,E] from x[M,K] and R, S_in [S,E,KP].
 
-    The logits are given (float32 [M,S,E]), or computed here where `given_logits` is None.
+    The logits are given (float32 [M,S,E]), or computed here where `given_logits` is None. xs and g
+    have x's dtype.
     `even_sums` is the sum of the inputs that even bits meet. Grid: (ceil(M/BT), S).
     """
     shard = tl.program_id(1)
@@ -124,11 +131,14 @@ def route(
     else:
         given = given_logits + (tokens[:, None] * S + shard) * E + e[None, :]
         scores = tl.load(given, mask=e_mask, other=0.0)
+    DTYPE: tl.constexpr = x.dtype.element_ty
+    scores = round_to(scores, DTYPE).to(tl.float32)
     scores = tl.where((e < E)[None, :], scores, float("-inf"))
     gates = tl.exp(scores - tl.max(scores, axis=1)[:, None])
-    gates = gates / tl.sum(gates, axis=1)[:, None]
+    gates = round_to(gates / tl.sum(gates, axis=1)[:, None], DTYPE)
     rows = shard * M + tokens.to(tl.int64)
     tl.store(g + rows[:, None] * E + e[None, :], gates, mask=e_mask)
+    gates = gates.to(tl.float32)
 
     BW: tl.constexpr = BK // 16
     i = tl.arange(0, 16)[None, :, None]
@@ -144,7 +154,8 @@ def route(
             other=0.0,
         ).to(tl.float32)
         scale = tl.sum(gates[:, :, None] * scales[None, :, :], axis=1)
-        scaled = round_to(values.to(tl.float32) * scale, xs.dtype.element_ty).reshape(BT, BW, 16)
+        scale = round_to(scale, DTYPE).to(tl.float32)
+        scaled = round_to(values.to(tl.float32) * scale, DTYPE).reshape(BT, BW, 16)
         even += scaled.to(tl.float32)
         word = k0 // 16 + tl.arange(0, BW)[None, None, :]
         place = rows[:, None, None] * KX + (word // BLOCK_WORDS) * BLOCK
@@ -171,7 +182,8 @@ def _epilogue(
     return surplus, scale, shift
 
 
-@triton.jit(do_not_specialize=["M", "biased"])
+# A KB of 1 as a constant would leave no loop, and all 16 tiles of a step in registers at once.
+@triton.jit(do_not_specialize=["M", "KB", "biased"])
 def gemm(
     xs, even_sums, words, s_out, g, bias, y, M, N, KB, sizes, biased, E: tl.constexpr,
     BN: tl.constexpr, BM: tl.constexpr, BKW: tl.constexpr, NACC: tl.constexpr, ASM: tl.constexpr,

@@ -97,7 +97,7 @@ def _route(
     S, E, KP = tensors.in_channel_scale.shape
     xs = x.new_empty((S, M, round_up(KP, kernels.BLOCK.value)))
     even_sums = x.new_empty((S, M), dtype=torch.float32)
-    g = x.new_empty((S, M, E), dtype=torch.float32)
+    g = x.new_empty((S, M, E))
     route = _route_tile(M, E, KP)
     launch(
         kernels.route, (triton.cdiv(M, route["BT"]), S),
@@ -158,7 +158,7 @@ def _large(
                 kernels.finish, (triton.cdiv(cols, BM), triton.cdiv(M, BM)),
                 products, tensors.out_channel_scale, gates, y if bias is None else bias, y,
                 M, N, col + first, cols, 0 if bias is None else N,
-                E=E, BN=BM, BM=BM,
+                E=E, BN=BM, BM=BM, num_warps=8,
             )  # fmt: skip
         row += round_up(size, ROWS)
         col += size

@@ -24,8 +24,9 @@ logger = logging.getLogger(__name__)
 
 SELFCHECK_ENV = "VLLM_BMOS_SELFCHECK"
 MODES = ("fallback", "error", "off")
-TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
-"""Largest error over largest output: two roundings of the output and those of the inputs."""
+TOLERANCE = {torch.float16: 3e-3, torch.bfloat16: 2.4e-2}
+"""Largest error over largest output. Both kernels round at the same points, but sum in different
+orders: an output, a product and a scale may each fall on the other side of an edge, one unit each."""
 
 
 class SelfCheckError(RuntimeError):
