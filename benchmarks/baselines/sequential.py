@@ -1,0 +1,172 @@
+"""Runs a layer-wise method over a model, block by block, and writes the result as a dense model.
+
+As in the code of GPTQ, PB-LLM and BiLLM, the inputs of a layer are those of the model whose
+earlier layers are quantized already, and H = X^T X sums over all calibration tokens.
+Memory: one block and the hidden states. A finished block survives a kill (`TARGET.fit`).
+"""
+
+import json
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from harness import logger
+from safetensors.torch import save_file
+from torch import nn
+
+from baselines.quantized import Quantized
+from converters.fitting.blocks import BlockModel, Kwargs, run_block
+from converters.fitting.folder import FitFolder
+from converters.fitting.observe import Group, find_groups, look
+from converters.fitting.threads import bfloat16_products, workers
+from converters.side_files import side_files
+from converters.sources import Source
+
+BATCH = 4  # windows in one forward pass
+BITS, PUBLISHED = "bits", "published_bits"
+STAGE = "blocks"
+
+Quantize = Callable[[torch.Tensor, torch.Tensor], Quantized]  # W [N, K], H [K, K]
+Tensors = dict[str, torch.Tensor]
+
+
+def quantize_model(
+    source: Source,
+    tokens: torch.Tensor,
+    quantize: Quantize,
+    target: Path,
+    facts: dict[str, Any],
+    threads: int = 0,
+) -> dict[str, float]:
+    """Quantize every layer of a dense source's blocks and write the model to a directory.
+
+    Args:
+        source: a dense source.
+        tokens: calibration windows [windows, T].
+        quantize: the method.
+        target: directory to write.
+        facts: what determines the result, as JSON; a run to be resumed must have the same.
+        threads: 0 takes one per core.
+
+    Returns:
+        Mean `bits` and `published_bits` of all quantized weights.
+    """
+    with FitFolder(target, facts, resume=True) as folder:
+        tensors = _quantize_blocks(source, tokens, quantize, folder, threads)
+        bits = _take_means(tensors, source.modules)
+        write_dense(source, tensors, target)
+        FitFolder.delete(folder.root)
+    return bits
+
+
+@torch.inference_mode()
+def _quantize_blocks(
+    source: Source, tokens: torch.Tensor, quantize: Quantize, folder: FitFolder, threads: int
+) -> Tensors:
+    """Weights and bits of every layer by their names on disk."""
+    model = BlockModel(source)
+    result: Tensors = {}
+    with workers(threads) as pool:
+        hidden, calls = model.first_inputs(tokens)
+        for index, kwargs in enumerate(calls):
+            block, names = model.load(index), model.linears[index]
+            piece = f"block-{index:04d}"
+            tensors = folder.read(STAGE, piece)
+            if tensors is None:
+                tensors = _quantize_block(block, names, hidden, kwargs, quantize, pool)
+                folder.write(STAGE, piece, tensors)
+            for name, disk in names.items():
+                _set(block, name, tensors[f"{disk}.weight"])
+            result |= tensors
+            _for_each(pool, hidden, partial(_advance, block, kwargs))
+            logger.info("block %d of %d", index + 1, len(calls))
+    return result
+
+
+def _quantize_block(
+    block: nn.Module,
+    names: dict[str, str],
+    hidden: torch.Tensor,
+    kwargs: Kwargs,
+    quantize: Quantize,
+    pool: ThreadPoolExecutor,
+) -> Tensors:
+    """Quantize a block's layers in the order in which it runs them."""
+    tensors: Tensors = {}
+    for group in find_groups(block, list(names), hidden[:1], kwargs):
+        H = second_moment(block, group, hidden, kwargs, pool)
+
+        @torch.inference_mode()
+        def one(name: str, H: torch.Tensor = H) -> Quantized:
+            return quantize(_weight(block, name), H)
+
+        for name, done in zip(group.names, pool.map(one, group.names), strict=True):
+            _set(block, name, done.weight)
+            tensors[f"{names[name]}.weight"] = done.weight
+            tensors[f"{names[name]}.{BITS}"] = torch.tensor(done.bits)
+            tensors[f"{names[name]}.{PUBLISHED}"] = torch.tensor(done.published)
+    return tensors
+
+
+def second_moment(
+    block: nn.Module, group: Group, hidden: torch.Tensor, kwargs: Kwargs, pool: ThreadPoolExecutor
+) -> torch.Tensor:
+    """X^T X [K, K] of the inputs that a group of layers shares."""
+
+    def one(part: torch.Tensor) -> torch.Tensor:
+        X, _ = look(block, group, [], part, kwargs)
+        return X.T @ X
+
+    return torch.stack(_for_each(pool, hidden, one)).sum(dim=0)
+
+
+def _advance(block: nn.Module, kwargs: Kwargs, hidden: torch.Tensor) -> torch.Tensor:
+    """Replace hidden states by the block's outputs, in place."""
+    return hidden.copy_(run_block(block, hidden, kwargs))
+
+
+def _for_each(
+    pool: ThreadPoolExecutor, hidden: torch.Tensor, call: Callable[[torch.Tensor], torch.Tensor]
+) -> list[torch.Tensor]:
+    """Call for every batch of windows, side by side; results come in order."""
+    with bfloat16_products():
+        return list(pool.map(torch.inference_mode()(call), hidden.split(BATCH)))
+
+
+def _weight(block: nn.Module, name: str) -> torch.Tensor:
+    weight = block.get_submodule(name).weight
+    assert isinstance(weight, torch.Tensor)
+    return weight
+
+
+def _set(block: nn.Module, name: str, weight: torch.Tensor) -> None:
+    block.get_submodule(name).weight = nn.Parameter(weight, requires_grad=False)
+
+
+def _take_means(tensors: Tensors, modules: dict[str, tuple[int, int]]) -> dict[str, float]:
+    """Remove the bits from `tensors`; their means over all weights."""
+    total = sum(N * K for N, K in modules.values())
+    return {
+        what: sum(float(tensors.pop(f"{m}.{what}")) * N * K for m, (N, K) in modules.items())
+        / total
+        for what in (BITS, PUBLISHED)
+    }
+
+
+def write_dense(source: Source, replaced: Tensors, target: Path) -> None:
+    """Write a dense source as a Hugging Face directory, some tensors replaced.
+
+    The tensors keep the source's dtype, so that a replaced weight is rounded as the others were.
+    """
+    target.mkdir(parents=True, exist_ok=True)
+    tensors = {}
+    for name in source.store.specs:
+        dense = source.store.tensor(name)
+        tensors[name] = replaced.get(name, dense).to(dense.dtype).contiguous()
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    (target / "config.json").write_text(json.dumps(source.config, indent=2))
+    for name, data in side_files(source).items():
+        (target / name).write_bytes(data)
