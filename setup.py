@@ -18,7 +18,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-BASELINE = ["bmos", "call", "with_tables", "as_product", "isa", "kernels_portable"]
+BASELINE = ["bmos", "call", "with_tables", "as_product", "isa", "kernels_portable", "torch_op"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [
     *AVX2,

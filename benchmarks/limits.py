@@ -23,7 +23,7 @@ def measure_limits(device: str) -> dict[str, float]:
 def _read_rate(device: str) -> float:
     if device == "cpu":
         # Huge pages, so that the limit is the memory's and not the TLB's.
-        memory = mmap.mmap(-1, READ_BYTES)
+        memory = mmap.mmap(-1, READ_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if hasattr(mmap, "MADV_HUGEPAGE"):
             memory.madvise(mmap.MADV_HUGEPAGE)
         values = torch.frombuffer(memory, dtype=torch.float32)

@@ -41,6 +41,15 @@ void pack_block(const uint8_t* bits, int64_t row_bytes, int rows, int64_t column
 
 using namespace bmos;
 
+const char* bmos_status(int status) {
+    switch (status) {
+        case BMOS_OK: return "it worked";
+        case BMOS_NOT_PACKED: return "the weight was not prepared by this kernel; call prepare first";
+        case BMOS_SHAPE: return "the shapes of x, the weight and shard_sizes do not fit together";
+        default: return "there is not enough memory for the activations";
+    }
+}
+
 int64_t bmos_packed_bytes(int64_t K, const int64_t* shard_sizes, int64_t S) {
     if (!shape_ok(K, shard_sizes, S)) return -1;
     int64_t blocks = 0;

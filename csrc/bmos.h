@@ -17,6 +17,9 @@ enum BmosMode { BMOS_INT8 = 1, BMOS_DEFAULT = 2, BMOS_EXACT = 4 };
 
 enum BmosStatus { BMOS_OK = 0, BMOS_NOT_PACKED = 1, BMOS_SHAPE = 2, BMOS_MEMORY = 3 };
 
+// What a status means.
+BMOS_API const char* bmos_status(int status);
+
 // The instruction sets that this library has and this machine runs, best first, space-separated.
 BMOS_API const char* bmos_isas();
 

@@ -1,12 +1,14 @@
-"""The two ops of a BinaryMoS layer, `torch.ops.vllm_bmos.*`: schemas, fakes, and the dispatch.
+"""The ops of a BinaryMoS layer, `torch.ops.vllm_bmos.*`: schemas, fakes, and the dispatch.
 
     G[M,S,E] = softmax(logits[M,S,E])           logits = x[M,K] @ router_weight[S,E,K].T, fp32
     y[M,N_s] = ((x * (G_s @ S_in_s[E,K])) @ B_s[N_s,K].T) * (G_s @ S_out_s[E,N_s]) + bias
 
-for the S logical shards of a merged layer, side by side in y[M,N]. There are two ops because a
-row-parallel layer sees only a part of K: its partial logits are summed over the ranks before the
-softmax. The tensors come from `Kernel.prepare` of the kernel that is named in the call.
+for the S logical shards of a merged layer, side by side in y[M,N]. The logits are an op of their
+own because a row-parallel layer sees only a part of K: its partial logits are summed over the ranks
+before the softmax. The tensors come from `Kernel.prepare` of the kernel that is named in the call.
 """
+
+from collections.abc import Sequence
 
 import torch
 
@@ -22,6 +24,12 @@ _library.define(
     "linear(Tensor x, Tensor? logits, Tensor weight, Tensor in_channel_scale, "
     "Tensor out_channel_scale, Tensor router_weight, Tensor? bias, int[] shard_sizes, "
     "str kernel) -> Tensor"
+)
+# `linear` with the kernel "cpu", which knows the shards from the prepared weight. Its
+# implementation is replaced by one in C++ where torch can call that (kernels/torch_op.py).
+_library.define(
+    "cpu_linear(Tensor x, Tensor? logits, Tensor weight, Tensor in_channel_scale, "
+    "Tensor out_channel_scale, Tensor router_weight, Tensor? bias) -> Tensor"
 )
 
 
@@ -67,10 +75,67 @@ def _linear_fake(
     return x.new_empty((x.shape[0], sum(shard_sizes)))
 
 
+def _cpu_linear(
+    x: torch.Tensor,
+    logits: torch.Tensor | None,
+    weight: torch.Tensor,
+    in_channel_scale: torch.Tensor,
+    out_channel_scale: torch.Tensor,
+    router_weight: torch.Tensor,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    tensors = LinearTensors(weight, in_channel_scale, out_channel_scale, router_weight)
+    sizes = [out_channel_scale.shape[1]]
+    return kernels()["cpu"].linear(x, logits, tensors, bias, sizes)
+
+
+def _cpu_linear_fake(
+    x: torch.Tensor,
+    logits: torch.Tensor | None,
+    weight: torch.Tensor,
+    in_channel_scale: torch.Tensor,
+    out_channel_scale: torch.Tensor,
+    router_weight: torch.Tensor,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    return x.new_empty((x.shape[0], out_channel_scale.shape[1]))
+
+
 _library.impl("router_logits", _router_logits, "CompositeExplicitAutograd")
 _library.impl("linear", _linear, "CompositeExplicitAutograd")
+_library.impl("cpu_linear", _cpu_linear, "CompositeExplicitAutograd")
 torch.library.register_fake("vllm_bmos::router_logits", _router_logits_fake, lib=_library)
 torch.library.register_fake("vllm_bmos::linear", _linear_fake, lib=_library)
+torch.library.register_fake("vllm_bmos::cpu_linear", _cpu_linear_fake, lib=_library)
 
 router_logits = torch.ops.vllm_bmos.router_logits
-linear = torch.ops.vllm_bmos.linear
+
+
+def linear(
+    x: torch.Tensor,
+    logits: torch.Tensor | None,
+    weight: torch.Tensor,
+    in_channel_scale: torch.Tensor,
+    out_channel_scale: torch.Tensor,
+    router_weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    shard_sizes: Sequence[int],
+    kernel: str,
+) -> torch.Tensor:
+    """y[M, N] of x[M, K] and the tensors that the named kernel has prepared.
+
+    Args:
+        x: float32, float16 or bfloat16 [M, K].
+        logits: float32 [M, S, E], or None: then they are computed from x.
+        weight: the kernel's own, as are the next three.
+        in_channel_scale: see `LinearTensors`.
+        out_channel_scale: see `LinearTensors`.
+        router_weight: see `LinearTensors`.
+        bias: [N] or None.
+        shard_sizes: outputs of each of the S logical shards.
+        kernel: the name of the kernel.
+    """
+    scales = in_channel_scale, out_channel_scale, router_weight
+    if kernel == "cpu":
+        return torch.ops.vllm_bmos.cpu_linear(x.contiguous(), logits, weight, *scales, bias)
+    return torch.ops.vllm_bmos.linear(x, logits, weight, *scales, bias, shard_sizes, kernel)

@@ -23,7 +23,7 @@ import torch
 from typing_extensions import override
 
 from vllm_bmos.checkpoint.signs import check_width
-from vllm_bmos.kernels import large_pages
+from vllm_bmos.kernels import large_pages, torch_op
 from vllm_bmos.kernels.base import Kernel, LinearConfig, LinearTensors
 
 __all__ = ["ISA_ENV", "MODE_ENV", "CpuKernel", "isa", "isas", "library", "mode"]
@@ -34,11 +34,6 @@ MODE_ENV = "VLLM_BMOS_CPU_MODE"
 # The enums of csrc/bmos.h.
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 MODES = {"int8": 1, "default": 2, "exact": 4}
-ERRORS = {
-    1: "the weight was not prepared by this kernel; call prepare first",
-    2: "the shapes of x, the weight and shard_sizes do not fit together",
-    3: "there is not enough memory for the activations",
-}
 MAX_K = 65536
 
 # Another build of the library, with sanitizers, say, may be named.
@@ -81,9 +76,8 @@ class CpuKernel(Kernel):
         signs, shards = tensors.weight.contiguous(), len(config.shard_sizes)
         sizes = (ctypes.c_int64 * shards)(*config.shard_sizes)
         bmos = library()
-        packed = large_pages.empty(
-            (bmos.bmos_packed_bytes(config.K, sizes, shards),), torch.uint8
-        )
+        torch_op.register(bmos)
+        packed = large_pages.empty((bmos.bmos_packed_bytes(config.K, sizes, shards),), torch.uint8)
         status = bmos.bmos_pack(
             signs.data_ptr(),
             config.K,
@@ -193,6 +187,7 @@ def library() -> ctypes.CDLL:
     bmos.bmos_isas.argtypes, bmos.bmos_isas.restype = [], text
     bmos.bmos_isa.argtypes, bmos.bmos_isa.restype = [], text
     bmos.bmos_use_isa.argtypes = [text]
+    bmos.bmos_status.argtypes, bmos.bmos_status.restype = [number], text
     bmos.bmos_packed_bytes.argtypes = [size, pointer, size]
     bmos.bmos_packed_bytes.restype = size
     bmos.bmos_pack.argtypes = [
@@ -227,4 +222,5 @@ def isa() -> str:
 
 def _check(status: int) -> None:
     if status:
-        raise ValueError(f"the CPU kernel of BinaryMoS cannot run this layer: {ERRORS[status]}.")
+        why = library().bmos_status(status).decode()
+        raise ValueError(f"the CPU kernel of BinaryMoS cannot run this layer: {why}.")

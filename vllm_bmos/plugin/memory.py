@@ -8,13 +8,12 @@ from vllm_bmos.checkpoint.format import WEIGHT
 
 def quantized_bytes(model: nn.Module) -> int:
     """Bytes of every tensor that hangs on a quantized layer of a vLLM model, by whatever name."""
-    storages = {}
+    found = {}
     for layer in model.modules():
         if not hasattr(layer, WEIGHT):
             continue
         for holder in (layer._parameters, layer._buffers, vars(layer)):
             for value in holder.values():
                 if isinstance(value, torch.Tensor):
-                    storage = value.untyped_storage()
-                    storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())
+                    found[value.data_ptr()] = value.nbytes
+    return sum(found.values())
