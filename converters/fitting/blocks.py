@@ -60,7 +60,7 @@ class BlockModel:
             self._load(block, f"{name}.", parameter)
         return block.eval().requires_grad_(False)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def first_inputs(self, tokens: torch.Tensor) -> tuple[torch.Tensor, list[Kwargs]]:
         """What the blocks are called with.
 

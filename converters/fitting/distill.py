@@ -1,13 +1,15 @@
-"""Stages `qat` and `kd-scales`: train the binary model end to end on the dense model's logits.
+"""Stages `qat`, `kd-scales` and `experts`: train the binary model end to end on the dense one.
 
-The loss is KL(teacher || student) per token, the first term of the recipe of OneBit and BinaryMoS
-(arXiv 2406.12311, section 3.3). `qat` trains latent signs, scales and routers; `kd-scales` leaves
-the signs as they are, as in NanoQuant's last step (arXiv 2602.06694). The loop is transformers'
-Trainer: it keeps checkpoints, continues from the last one, and runs on several processes with
-torchrun. What was trained is kept only if the loss on held-out text fell.
+The loss is KL(teacher || student) per token plus `hidden` times the distance of the blocks' outputs
+(OneBit and BinaryMoS, arXiv 2406.12311, section 3.3). `qat` trains latent signs and scales;
+`kd-scales` leaves the signs as they are, as in NanoQuant's last step (arXiv 2602.06694); `experts`
+trains all that and routers, after experts.py has split them. The loop is transformers' Trainer: it
+keeps checkpoints, continues from the last one, and runs on several processes with torchrun. What
+was trained is kept only if the loss on held-out text fell.
 """
 
 import logging
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,14 +17,17 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from converters.fitting.hessian import layer_of
-from converters.fitting.student import TrainableLinear, make_student, set_router_units
+from converters.fitting.distributed import is_main
+from converters.fitting.divergence import divergence, hidden_distance
+from converters.fitting.experts import merge_where_useless, split, with_experts
+from converters.fitting.layer import layer_of
+from converters.fitting.student import make_student, set_router_units, trainable_layers
 from converters.sources import Source
+from vllm_bmos.checkpoint.format import WEIGHT
 
 logger = logging.getLogger(__name__)
 
-QAT, KD_SCALES = "qat", "kd-scales"
-CHUNK = 256  # tokens whose logits are compared at once, as vocabularies are large
+QAT, KD_SCALES, EXPERTS = "qat", "kd-scales", "experts"
 Tensors = dict[str, torch.Tensor]
 
 
@@ -32,19 +37,21 @@ class DistillOptions:
 
     Attributes:
         tokens: of training text in all; what there is of text is repeated if need be.
-        batch: windows in one step.
-        latent_lr: learning rate of latent signs, whose RMS is 1.
+        length: tokens in a window; attention's cost grows with it.
+        batch: windows in one step of one process.
+        latent_lr: learning rate of latent signs, relative to their distance from a flip.
         scale_lr: learning rate of scales and routers, relative to their start.
-        spread: relative standard deviation by which equal experts are set apart.
+        hidden: weight of the hidden states' distance; 0 leaves it out.
         save_steps: steps between two checkpoints.
     """
 
     tokens: int = 250_000
-    batch: int = 1
-    latent_lr: float = 5e-3
+    length: int = 512
+    batch: int = 4
+    latent_lr: float = 2e-2
     scale_lr: float = 3e-3
-    spread: float = 0.01
-    save_steps: int = 50
+    hidden: float = 0.0
+    save_steps: int = 25
 
 
 class Windows(Dataset[dict[str, torch.Tensor]]):
@@ -62,37 +69,6 @@ class Windows(Dataset[dict[str, torch.Tensor]]):
         return {"input_ids": self.tokens[index]}
 
 
-class _Divergence(torch.autograd.Function):
-    """Mean over tokens of KL(teacher || student), chunk by chunk.
-
-    The gradient with respect to the student's logits is softmax(student) - softmax(teacher). It is
-    made in the forward pass, so that no chunk's probabilities are kept.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-        gradient = torch.empty_like(student)
-        total = torch.zeros(())
-        for s, t, g in zip(*(x.split(CHUNK) for x in (student, teacher, gradient)), strict=True):
-            log_q, log_p = s.float().log_softmax(-1), t.float().log_softmax(-1)
-            p = log_p.exp()
-            total += (p * (log_p - log_q)).sum().cpu()
-            g.copy_(log_q.exp_().sub_(p).div_(len(student)))
-        ctx.save_for_backward(gradient)
-        return (total / len(student)).to(student.device)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        (gradient,) = ctx.saved_tensors
-        return gradient * grad.to(gradient.dtype), None
-
-
-def divergence(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """Mean over tokens of KL(teacher || student) in nats, of logits [tokens, vocabulary]."""
-    result: torch.Tensor = _Divergence.apply(student, teacher)
-    return result
-
-
 def load_dense(source: Source, dtype: torch.dtype) -> Any:
     """The whole dense model, in evaluation mode and without gradients."""
     from transformers import AutoModelForCausalLM
@@ -104,6 +80,14 @@ def load_dense(source: Source, dtype: torch.dtype) -> Any:
     return model.eval().requires_grad_(False)
 
 
+def load_student(source: Source, start: Tensors) -> Any:
+    """The dense model with trainable layers that begin as `start`."""
+    student = load_dense(source, torch.bfloat16)  # it has float32's range
+    names = module_names(student, source)
+    make_student(student, {name: layer_of(start, disk) for disk, name in names.items()})
+    return student
+
+
 def fit(
     source: Source,
     start: Tensors,
@@ -111,48 +95,55 @@ def fit(
     held_out: torch.Tensor,
     folder: Path,
     options: DistillOptions,
+    stage: str,
+    E: int,
     seed: int,
-    train_signs: bool,
+    threads: int = 0,
 ) -> Tensors:
     """Train from a fit.
 
     Args:
         source: the dense source.
-        start: the packed layers' tensors by full name.
+        start: the packed layers' tensors by full name; equal experts are trained as one.
         train: windows of training text [windows, T].
         held_out: windows to check on [windows, T].
         folder: for the Trainer's checkpoints; a run continues from the last one there.
         options: see `DistillOptions`.
-        seed: of the experts' noise and of the order of windows.
-        train_signs: whether the latent signs are trained too.
+        stage: kd-scales, qat or experts.
+        E: into how many experts `experts` splits one.
+        seed: of the order of windows and of the experts' clusters.
+        threads: of each op; 0 takes torch's choice.
 
     Returns:
         The tensors after training, or `start` if the held-out loss did not fall.
     """
-    # bfloat16 has float32's range; latents, scales and their optimizer stay in float32.
+    if threads:
+        torch.set_num_threads(threads)
     teacher = load_dense(source, torch.bfloat16)
-    student = load_dense(source, torch.bfloat16)
-    packed = {module: layer_of(start, module) for module in source.modules}
-    names = _names(student, source)
-    make_student(student, packed, names, options.spread, seed)
-    set_router_units(student, train[:1])
+    student = load_student(source, with_experts(start, source.modules, 1))
     before = held_out_loss(student, teacher, held_out)
-    trainer = _trainer(student, teacher, train, folder, options, seed, train_signs)
+    logger.info("held-out KL before training: %.4f", before)
+    if stage == EXPERTS:
+        apart = split(student, train, E, seed)
+        names = module_names(student, source)
+        split_start = {
+            f"{disk}.{suffix}": t for disk, n in names.items() for suffix, t in apart[n].items()
+        }
+        student = load_student(source, split_start)
+    set_router_units(student, train[:1])
+    trainer = _trainer(student, teacher, train, folder, options, seed, stage != KD_SCALES)
     has_checkpoint = any(folder.glob("checkpoint-*"))
     trainer.train(resume_from_checkpoint=True if has_checkpoint else None)
+    if stage == EXPERTS:
+        merge_where_useless(student, lambda: held_out_loss(student, teacher, held_out))
     after = held_out_loss(student, teacher, held_out)
     logger.info("held-out KL: %.4f -> %.4f", before, after)
     if not after < before:
         logger.warning("training did not lower the held-out loss; its result is discarded")
         return start
-    dtype = getattr(torch, source.scale_dtype)
-    result: Tensors = {}
-    flips = weights = 0
-    for disk, name in names.items():
-        tensors = student.get_submodule(name).pack(dtype)
-        result |= {f"{disk}.{suffix}": tensor for suffix, tensor in tensors.items()}
-        flips += count_flips(tensors, packed[disk])
-        weights += student.get_submodule(name).latent.numel()
+    result = pack_student(student, source)
+    flips = sum(count_flips(result[n], start[n]) for n in start if n.endswith(f".{WEIGHT}"))
+    weights = sum(N * K for N, K in source.modules.values())
     logger.info("signs flipped by training: %.2f %%", 100 * flips / weights)
     return result
 
@@ -161,17 +152,26 @@ def fit(
 def held_out_loss(student: Any, teacher: Any, windows: torch.Tensor) -> float:
     """Mean KL(teacher || student) over windows [windows, T], in nats per token."""
     student.eval()
-    losses = [
-        float(divergence(student(w[None]).logits[0], teacher(w[None]).logits[0])) for w in windows
-    ]
+    losses = []
+    for window in windows.to(student.device):
+        pair = (model(window[None]).logits[0] for model in (student, teacher.to(student.device)))
+        losses.append(float(divergence(*pair)))
     return sum(losses) / len(losses)
 
 
-def count_flips(one: Tensors, other: Tensors) -> int:
-    """In how many signs two packed layers differ."""
-    from vllm_bmos.checkpoint.format import WEIGHT
+def pack_student(student: Any, source: Source) -> Tensors:
+    """The packed layers' tensors by full name."""
+    dtype = getattr(torch, source.scale_dtype)
+    result: Tensors = {}
+    for disk, name in module_names(student, source).items():
+        packed = student.get_submodule(name).pack(dtype)
+        result |= {f"{disk}.{suffix}": tensor.cpu() for suffix, tensor in packed.items()}
+    return result
 
-    bits = one[WEIGHT] ^ other[WEIGHT]
+
+def count_flips(one: torch.Tensor, other: torch.Tensor) -> int:
+    """In how many signs two packed weights differ."""
+    bits = one ^ other
     return sum(int(((bits >> shift) & 1).sum()) for shift in range(8))
 
 
@@ -184,52 +184,77 @@ def _trainer(
     seed: int,
     train_signs: bool,
 ) -> Any:
-    from transformers import Trainer, TrainingArguments, get_cosine_schedule_with_warmup
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+    from transformers import get_cosine_schedule_with_warmup as cosine
 
-    steps = max(1, options.tokens // (options.batch * train.shape[1]))
     arguments = TrainingArguments(
         output_dir=str(folder),
-        max_steps=steps,
+        max_steps=1,  # set below: the number of processes is known then
         per_device_train_batch_size=options.batch,
         save_steps=options.save_steps,
         save_total_limit=1,
-        logging_steps=10,
-        max_grad_norm=0.0,  # Adam divides by the gradient's size already
+        logging_strategy="no",
+        max_grad_norm=1.0,
         seed=seed,
         report_to=[],
         disable_tqdm=True,
         remove_unused_columns=False,
         use_cpu=not torch.cuda.is_available(),
     )
-    layers = [m for m in student.modules() if isinstance(m, TrainableLinear)]
+    length = train.shape[1]
+    steps = max(1, options.tokens // (options.batch * length * arguments.world_size))
+    arguments.max_steps = steps
+    layers = list(trainable_layers(student).values())
     for layer in layers:
         layer.latent.requires_grad_(train_signs)
+        layer.router.requires_grad_(layer.E > 1)
     latents = [layer.latent for layer in layers if train_signs]
-    others = [p for layer in layers for p in (layer.factor_in, layer.factor_out, layer.router)]
+    others = [p for layer in layers for p in (layer.factor_in, layer.factor_out)]
+    others += [layer.router for layer in layers if layer.E > 1]
     groups = [{"params": others, "lr": options.scale_lr}]
     if latents:
         groups.append({"params": latents, "lr": options.latent_lr})
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
-    schedule = get_cosine_schedule_with_warmup(optimizer, max(1, steps // 20), steps)
+    schedule = cosine(optimizer, max(1, steps // 10), steps)
+    losses: list[torch.Tensor] = []
 
     class Distiller(Trainer):  # type: ignore[misc,unused-ignore]
         def compute_loss(
             self, model: Any, inputs: dict[str, torch.Tensor], *_: Any, **__: Any
         ) -> torch.Tensor:
-            tokens = inputs["input_ids"]
+            tokens, hidden = inputs["input_ids"], options.hidden > 0
             with torch.no_grad():
-                wanted = teacher.to(tokens.device)(tokens).logits.flatten(0, 1)
-            return divergence(model(input_ids=tokens).logits.flatten(0, 1), wanted)
+                wanted = teacher.to(tokens.device)(tokens, output_hidden_states=hidden)
+            found = model(input_ids=tokens, output_hidden_states=hidden)
+            loss = divergence(found.logits.flatten(0, 1), wanted.logits.flatten(0, 1))
+            losses.append(loss.detach())
+            if hidden:
+                distance = hidden_distance(found.hidden_states[1:], wanted.hidden_states[1:])
+                loss = loss + options.hidden * distance
+            return loss
+
+    class Progress(TrainerCallback):  # type: ignore[misc,unused-ignore]
+        def on_train_begin(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
+            self.began, self.first = time.monotonic(), state.global_step
+
+        def on_step_end(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
+            done = state.global_step
+            if done % 10 == 0 or done == steps:
+                left = (time.monotonic() - self.began) / (done - self.first) * (steps - done)
+                mean = float(torch.stack(losses[-10:]).mean())
+                logger.info("step %d of %d: KL %.3f, about %.0f s left", done, steps, mean, left)
+                losses.clear()
 
     return Distiller(
         model=student,
         args=arguments,
         train_dataset=Windows(train),
         optimizers=(optimizer, schedule),
+        callbacks=[Progress()] if is_main() else [],
     )
 
 
-def _names(model: Any, source: Source) -> dict[str, str]:
+def module_names(model: Any, source: Source) -> dict[str, str]:
     """Name on disk -> name in the model, of every packed layer."""
     found = {}
     for name, _ in model.named_modules():

@@ -30,13 +30,19 @@ class FitFolder:
         target: DST.
         facts: all that determines the result, as JSON; a resumed run must have the same.
         resume: whether to continue an interrupted run.
+        owner: whether this process has the right; another one of the same run only reads.
 
     Raises:
         TargetError: if another process works on it, or what was interrupted was another fit.
     """
 
-    def __init__(self, target: Path, facts: dict[str, Any], resume: bool) -> None:
+    def __init__(
+        self, target: Path, facts: dict[str, Any], resume: bool, owner: bool = True
+    ) -> None:
         self.root = self.path(target)
+        self._lock = -1
+        if not owner:
+            return
         self.root.mkdir(parents=True, exist_ok=True)
         self._lock = os.open(self.root, os.O_RDONLY)
         try:
@@ -107,4 +113,5 @@ class FitFolder:
         trace: TracebackType | None,
     ) -> None:
         """Release the lock."""
-        os.close(self._lock)
+        if self._lock >= 0:
+            os.close(self._lock)

@@ -24,7 +24,14 @@ from torch import nn
 
 from converters.fitting.blocks import BlockModel, Kwargs, run_block
 from converters.fitting.folder import FitFolder
-from converters.fitting.layer import Fitted, dense_weight, fit_static, pack, relative_error
+from converters.fitting.layer import (
+    Fitted,
+    dense_weight,
+    fit_static,
+    layer_of,
+    pack,
+    relative_error,
+)
 from converters.fitting.observe import Group, find_groups, look
 from converters.fitting.propagation import Moments, target
 from converters.fitting.threads import bfloat16_products, workers
@@ -202,12 +209,6 @@ def token_weights(stream: torch.Tensor) -> torch.Tensor:
 
 def _replace(student: nn.Module, name: str, packed: Tensors) -> None:
     _linear(student, name).weight = nn.Parameter(dense_weight(packed), requires_grad=False)
-
-
-def layer_of(tensors: Tensors, module: str) -> Tensors:
-    """One layer's tensors by their names in the format."""
-    prefix = f"{module}."
-    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 
 
 def _advance(

@@ -71,3 +71,9 @@ def dense_weight(tensors: Tensors) -> torch.Tensor:
     """W_hat [N, K], in float32, of a layer whose experts are equal."""
     a, b = tensors[OUT_SCALE][0].float(), tensors[IN_SCALE][0].float()
     return a[:, None] * unpack_signs(tensors[WEIGHT], len(b)) * b
+
+
+def layer_of(tensors: Tensors, module: str) -> Tensors:
+    """One layer's tensors by their names in the format."""
+    prefix = f"{module}."
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}

@@ -1,5 +1,6 @@
 """Runs the stages that fit on text, and gives their result to the converter as a source."""
 
+import hashlib
 import logging
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -9,19 +10,30 @@ from typing import Any
 import torch
 
 from converters.calibration import Calibration, load_texts, sample
-from converters.fitting import FITTED_STAGES, distill, hessian
+from converters.fitting import FITTED_STAGES, block, distill, hessian
+from converters.fitting.block import BlockOptions
 from converters.fitting.blocks import BlockModel
 from converters.fitting.distill import DistillOptions
+from converters.fitting.distributed import is_main, wait_for_all
+from converters.fitting.experts import with_experts
 from converters.fitting.folder import FitFolder
-from converters.fitting.hessian import HessianOptions, layer_of
+from converters.fitting.hessian import HessianOptions
+from converters.fitting.layer import layer_of
+from converters.fitting.self_text import PREFIX as SELF
+from converters.fitting.self_text import self_text
 from converters.pipeline import check_target, is_complete
 from converters.plan import Plan
 from converters.sources import Source
 from converters.sources.base import PackedLayer
 from converters.workspace import check_free
-from vllm_bmos.checkpoint.format import FormatError
+from vllm_bmos.checkpoint.format import MANIFEST_FILE, REQUIRED, FormatError
+from vllm_bmos.checkpoint.reader import Checkpoint
 
 logger = logging.getLogger(__name__)
+
+RESULT = "result"  # the piece of the fit folder that holds a whole stage's tensors
+HELD_OUT = 4  # windows
+DISTILLED = (distill.QAT, distill.KD_SCALES, distill.EXPERTS)
 
 Tensors = dict[str, torch.Tensor]
 
@@ -31,19 +43,25 @@ class FitOptions:
     """What the user can choose of a fit.
 
     Attributes:
-        calibration: texts, see `converters.calibration.load_texts`; empty takes the default.
+        calibration: texts, see `converters.calibration.load_texts`, or self:N for N tokens that
+            the dense model writes; empty takes the default.
+        start_from: a packed checkpoint that the stage starts from; without it, the stages that
+            lead to it are run first.
         windows: of calibration text.
         length: tokens in a window.
         seed: of all random choices.
         hessian: of the stage of this name.
-        distill: of the stages kd-scales and qat.
+        block: of the stage of this name.
+        distill: of the stages kd-scales, qat and experts.
     """
 
     calibration: tuple[str, ...] = ()
+    start_from: Path | None = None
     windows: int = 32
     length: int = 1024
     seed: int = 0
     hessian: HessianOptions = field(default_factory=HessianOptions)
+    block: BlockOptions = field(default_factory=BlockOptions)
     distill: DistillOptions = field(default_factory=DistillOptions)
 
 
@@ -100,25 +118,31 @@ class Fit:
                 "be fitted. Leave --stage out."
             )
         self.stage, self.options = stage, options
-        self.text = self._sample(plan)
         self.source = FittedSource(plan.source, stage)
+        self.stages = list(stages_up_to(stage))
+        facts: dict[str, Any] = {}
+        if options.start_from is not None:
+            start = Checkpoint(options.start_from)
+            self.source.tensors = _tensors_of(start, self.source)
+            self.stages = [stage]
+            facts["start_from"] = _record(start)
+        if not is_main():
+            wait_for_all()  # what the first process downloads or generates is then there
+        self.text = self._sample(plan)
+        if is_main():
+            wait_for_all()
+        used = {"distill" if name in DISTILLED else name for name in self.stages}
         provenance = {
             **plan.config.provenance,
+            **facts,
             "stage": stage,
-            "stages": list(stages_up_to(stage)),
+            "stages": [*facts.get("start_from", {}).get("stages", ()), *self.stages],
             "calibration": self.text.record,
-            "fit": {"hessian": asdict(options.hessian), **self._distillation()},
+            "fit": {name: asdict(getattr(options, name)) for name in sorted(used)},
         }
         self.plan = replace(
             plan, source=self.source, config=replace(plan.config, provenance=provenance)
         )
-
-    @property
-    def _distills(self) -> bool:
-        return bool({distill.QAT, distill.KD_SCALES}.intersection(stages_up_to(self.stage)))
-
-    def _distillation(self) -> dict[str, Any]:
-        return {"distill": asdict(self.options.distill)} if self._distills else {}
 
     def _sample(self, plan: Plan) -> Calibration:
         import tempfile
@@ -136,14 +160,20 @@ class Fit:
                     "fitting on text needs one."
                 ) from None
         options = self.options
-        texts = load_texts(options.calibration)
+        own = [name for name in options.calibration if name.startswith(SELF)]
+        others = [name for name in options.calibration if not name.startswith(SELF)]
+        texts = load_texts(others) if others or not own else []
+        texts += [self_text(plan.source, tokenizer, name, options.seed) for name in own]
         windows = options.windows
-        if self._distills:
+        if set(DISTILLED) & set(self.stages):
             windows = max(windows, options.distill.tokens // options.length)
-        return sample(texts, tokenizer, windows, 4, options.length, options.seed)
+        return sample(texts, tokenizer, windows, HELD_OUT, options.length, options.seed)
 
     def run(self, target: Path, resume: bool, threads: int = 0) -> None:
         """Fit, or continue to; then `plan` can be converted.
+
+        Under torchrun every process runs this. The first one alone writes and does what has no
+        use for more processes, while the others wait.
 
         Args:
             target: DST; the work is kept in DST.fit until `finish`.
@@ -157,45 +187,70 @@ class Fit:
         check_target(self.plan, target)
         if resume and is_complete(self.plan, target):
             return
-        check_free(target)
+        if is_main():
+            check_free(target)
         facts: dict[str, Any] = {
             "plan": self.plan.fingerprint(),
             "torch": torch.__version__,
         }
-        with FitFolder(target, facts, resume) as folder:
-            for stage in stages_up_to(self.stage):
-                logger.info("stage %s", stage)
-                self.source.tensors = self._run_stage(stage, folder, threads)
+        with FitFolder(target, facts, resume, owner=is_main()) as folder:
+            for stage in self.stages:
+                self._run_stage(stage, folder, threads)
+        E = self.source.experts
+        self.source.tensors = with_experts(self.source.tensors, self.source.modules, E)
 
-    def _run_stage(self, stage: str, folder: FitFolder, threads: int) -> Tensors:
-        dense = self.source.dense
+    def _run_stage(self, stage: str, folder: FitFolder, threads: int) -> None:
+        """Set the source's tensors to a stage's result."""
+        together = stage in DISTILLED
+        if is_main():
+            logger.info("stage %s", stage)
+            if not together and folder.read(stage, RESULT) is None:
+                folder.write(stage, RESULT, self._fit(stage, folder, threads))
+        wait_for_all()
+        done = folder.read(stage, RESULT)
+        if done is None:
+            done = self._distill(stage, folder, threads)
+            if is_main():
+                folder.write(stage, RESULT, done)
+        self.source.tensors = done
+
+    def _fit(self, stage: str, folder: FitFolder, threads: int) -> Tensors:
+        """Run a stage that goes block by block."""
+        model = BlockModel(self.source.dense)
         scale_dtype = getattr(torch, self.source.scale_dtype)
-        if stage == "hessian":
-            return hessian.fit(
-                BlockModel(dense),
-                self.text.train[: self.options.windows],
-                self.source.experts,
-                scale_dtype,
-                folder,
-                self.options.hessian,
-                threads,
-            )
-        if stage in (distill.QAT, distill.KD_SCALES):
-            done = folder.read(stage, "result")
-            if done is None:
-                done = distill.fit(
-                    dense,
-                    self.source.tensors,
-                    self.text.train,
-                    self.text.held_out,
-                    folder.directory(stage),
-                    self.options.distill,
-                    self.options.seed,
-                    train_signs=stage == distill.QAT,
-                )
-                folder.write(stage, "result", done)
-            return done
-        raise ValueError(f"unknown stage {stage!r}; the stages are {', '.join(FITTED_STAGES)}")
+        train, options = self.text.train[: self.options.windows], self.options
+        if stage == hessian.STAGE:
+            return hessian.fit(model, train, 1, scale_dtype, folder, options.hessian, threads)
+        start = with_experts(self.source.tensors, self.source.modules, 1)
+        return block.fit(
+            model,
+            start,
+            train,
+            self.text.held_out,
+            scale_dtype,
+            folder,
+            options.block,
+            options.seed,
+        )
+
+    def _distill(self, stage: str, folder: FitFolder, threads: int) -> Tensors:
+        """Run a stage that trains end to end, together with the other processes."""
+        options = self.options.distill
+        train = self.text.train
+        length = min(options.length, train.shape[1])
+        pieces = train[:, : train.shape[1] // length * length].reshape(-1, length)
+        return distill.fit(
+            self.source.dense,
+            self.source.tensors,
+            pieces,
+            self.text.held_out,
+            folder.directory(stage),
+            options,
+            stage,
+            self.source.experts,
+            self.options.seed,
+            threads,
+        )
 
     def finish(self, target: Path) -> None:
         """Delete DST.fit: the checkpoint that was made of it is complete."""
@@ -210,3 +265,36 @@ def stages_up_to(stage: str) -> Iterator[str]:
     if before is not None:
         yield from stages_up_to(before)
     yield stage
+
+
+def _tensors_of(start: Checkpoint, source: Source) -> Tensors:
+    """A packed checkpoint's layers, as a start for fitting a source.
+
+    Raises:
+        FormatError: if they are not the source's, or have another number of experts than one or E.
+    """
+    name = start.path
+    if start.config.output_norm is not None or dict(start.shapes) != source.modules:
+        raise FormatError(f"--start-from {name}: its layers are not those of {source.path}.")
+    if start.config.num_experts not in (1, source.experts):
+        raise FormatError(
+            f"--start-from {name} has {start.config.num_experts} experts; expected 1 or "
+            f"--experts {source.experts}."
+        )
+    return {
+        full: start.tensor(full)
+        for module in source.modules
+        for full in start.specs
+        if full.startswith(f"{module}.") and full.rpartition(".")[2] in REQUIRED
+    }
+
+
+def _record(start: Checkpoint) -> dict[str, Any]:
+    """What the provenance says of the checkpoint that a fit started from."""
+    data = (start.path / MANIFEST_FILE).read_bytes()
+    stages = start.config.provenance.get("stages") or [start.config.provenance.get("stage")]
+    return {
+        "name": start.path.resolve().name,
+        "sha256": hashlib.sha256(data).hexdigest(),
+        "stages": stages,
+    }

@@ -4,9 +4,13 @@
     y[M,N] = ((x * (G @ S_in[E,K])) @ sign(W)[N,K].T) * (G @ S_out[E,N]) + bias[N]
 
 W[N,K] are latent weights. Only their signs are used; the gradient passes the sign unchanged
-(straight-through, as in BinaryMoS, arXiv 2406.12311). All parameters are relative to what training
-starts from, so that one learning rate suits layers of any size: W is divided by its RMS, the
-scales and the router are products of a fixed start and a trained factor.
+(straight-through, as in BinaryMoS, arXiv 2406.12311). Scales and routers are trained as factors of
+what training starts from, so that one learning rate suits layers of any size.
+
+Every latent weight starts at +1 or -1, one margin away from a flip. A fitted sign is no more
+certain where the dense weight was large (error feedback chose it with all others), and each random
+flip costs as much as any other. With equal margins those signs flip whose gradients agree over
+many steps; a margin of |W| would flip at once, by noise, all signs whose weights were small.
 """
 
 from typing import Any
@@ -20,12 +24,43 @@ from vllm_bmos.checkpoint.signs import pack_signs, unpack_signs
 Tensors = dict[str, torch.Tensor]
 
 
+def _sign(W: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """-1 or +1; latents are never exactly -0.0, which would be packed as +1."""
+    return torch.where(W >= 0, torch.ones((), dtype=dtype), -torch.ones((), dtype=dtype))
+
+
+class _FoldedWeight(torch.autograd.Function):
+    """diag(a[N]) sign(W)[N,K] diag(b[K]) in a given dtype, with a straight-through gradient for W.
+
+    The gradients of W, a and b are made of the product's once per pass, so a layer with one expert
+    costs what a dense one does, however many tokens there are.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, W: torch.Tensor, a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype
+    ) -> torch.Tensor:
+        B = _sign(W, dtype)
+        ctx.save_for_backward(B, a, b)
+        return B * a.to(dtype)[:, None] * b.to(dtype)
+
+    @staticmethod
+    def backward(
+        ctx: Any, dW_hat: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None]:
+        B, a, b = ctx.saved_tensors
+        signed = B * dW_hat  # exact: only signs change
+        da = (signed @ b.to(signed.dtype)).to(a.dtype)
+        db = (a.to(signed.dtype) @ signed).to(b.dtype)
+        return dW_hat.to(a.dtype).mul_(a[:, None]).mul_(b), da, db, None
+
+
 class _SignProduct(torch.autograd.Function):
     """x[M,K] @ sign(W)[N,K].T in x's dtype, with a straight-through gradient for W."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, W: torch.Tensor) -> torch.Tensor:
-        B = torch.where(W >= 0, 1.0, -1.0).to(x.dtype)
+        B = _sign(W, x.dtype)
         ctx.save_for_backward(x, B)
         ctx.latent_dtype = W.dtype
         return x @ B.T
@@ -42,43 +77,24 @@ class TrainableLinear(nn.Module):
 
     Args:
         tensors: the packed layer to start from, by the names in the format.
-        magnitude: |W| [N, K] of the dense weight: how sure each sign is.
+        shape: (N, K).
         bias: of the dense layer, or None; it is not trained.
-        spread: relative standard deviation by which equal experts are set apart.
-        generator: of that.
     """
 
-    def __init__(
-        self,
-        tensors: Tensors,
-        magnitude: torch.Tensor,
-        bias: torch.Tensor | None,
-        spread: float,
-        generator: torch.Generator,
-    ) -> None:
+    def __init__(self, tensors: Tensors, shape: tuple[int, int], bias: torch.Tensor | None) -> None:
         super().__init__()
-        N, K = magnitude.shape
-        signs = unpack_signs(tensors[WEIGHT], K)
-        rms = magnitude.square().mean().sqrt()
-        self.latent = nn.Parameter(signs * (magnitude / rms).clamp_min(1e-3))
+        N, K = shape
+        self.latent = nn.Parameter(unpack_signs(tensors[WEIGHT], K).float())
         S_in, S_out = tensors[IN_SCALE].float(), tensors[OUT_SCALE].float()
         self.E = len(S_in)
         self.register_buffer("start_in", S_in)
         self.register_buffer("start_out", S_out)
         self.register_buffer("start_router", tensors[ROUTER].float())
-        self.register_buffer(
-            "router_unit", torch.ones(())
-        )  # a logit of 1 for an input of usual size
-        equal = torch.equal(S_in, S_in[:1].expand_as(S_in)) and self.E > 1
-        noise = spread if equal else 0.0
-
-        def factor(size: int) -> nn.Parameter:
-            return nn.Parameter(1 + noise * torch.randn(self.E, size, generator=generator))
-
-        self.factor_in, self.factor_out = factor(K), factor(N)
-        start = torch.randn(self.E, K, generator=generator) / K**0.5 if equal else None
-        self.router = nn.Parameter(torch.zeros(self.E, K) if start is None else start)
+        self.register_buffer("router_unit", torch.ones(()))  # see `set_router_units`
         self.register_buffer("bias", bias)
+        self.factor_in = nn.Parameter(torch.ones(self.E, K))
+        self.factor_out = nn.Parameter(torch.ones(self.E, N))
+        self.router = nn.Parameter(torch.zeros(self.E, K))
         self.in_features, self.out_features = K, N
 
     @property
@@ -98,18 +114,20 @@ class TrainableLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The layer on x[..., K], in x's dtype."""
-        shape, dtype = x.shape[:-1], x.dtype
-        x = x.reshape(-1, self.in_features)
         if self.E == 1:
-            y = _SignProduct.apply(x * self.S_in[0].to(dtype), self.latent)
-            y = y * self.S_out[0].to(dtype)
+            folded = _FoldedWeight.apply(self.latent, self.S_out[0], self.S_in[0], x.dtype)
+            y: torch.Tensor = x @ folded.T
         else:
-            G = (x.float() @ self.R.T).softmax(dim=-1).to(dtype)
-            y = _SignProduct.apply(x * (G @ self.S_in.to(dtype)), self.latent)
-            y = y * (G @ self.S_out.to(dtype))
-        if self.bias is not None:
-            y = y + self.bias.to(dtype)
-        return y.view(*shape, self.out_features)
+            G = self.gates(x).to(x.dtype)
+            y = _SignProduct.apply(
+                (x * (G @ self.S_in.to(x.dtype))).flatten(0, -2), self.latent
+            ).view(*x.shape[:-1], -1)
+            y = y * (G @ self.S_out.to(x.dtype))
+        return y if self.bias is None else y + self.bias.to(x.dtype)  # type: ignore[operator]
+
+    def gates(self, x: torch.Tensor) -> torch.Tensor:
+        """G [..., E] in float32, of x[..., K]."""
+        return (x.float() @ self.R.T).softmax(dim=-1)
 
     @torch.no_grad()
     def pack(self, dtype: torch.dtype) -> Tensors:
@@ -122,39 +140,40 @@ class TrainableLinear(nn.Module):
         }
 
 
-def make_student(
-    model: Any, packed: dict[str, Tensors], names: dict[str, str], spread: float, seed: int
-) -> None:
-    """Replace a dense model's layers by trainable ones, in place; all else is frozen.
+def trainable_layers(model: nn.Module) -> dict[str, TrainableLinear]:
+    """The trainable layers of a model or block, by module name."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, TrainableLinear)}
+
+
+def make_student(model: nn.Module, packed: dict[str, Tensors]) -> None:
+    """Replace a dense model's (or block's) layers by trainable ones, in place; the rest is frozen.
 
     Args:
-        model: a dense transformers model.
-        packed: the layers' tensors by module name on disk.
-        names: name on disk -> module name in the model.
-        spread: see `TrainableLinear`.
-        seed: of the noise that sets experts apart.
+        model: a dense model or block.
+        packed: the layers' tensors by module name in the model.
     """
-    generator = torch.Generator().manual_seed(seed)
     model.requires_grad_(False)
-    for disk, tensors in packed.items():
-        linear = model.get_submodule(names[disk])
+    for name, tensors in packed.items():
+        linear = model.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
         bias = None if linear.bias is None else linear.bias.detach()
-        magnitude = linear.weight.detach().float().abs()
-        layer = TrainableLinear(tensors, magnitude, bias, spread, generator)
-        model.set_submodule(names[disk], layer)
+        shape = (linear.out_features, linear.in_features)
+        model.set_submodule(name, TrainableLinear(tensors, shape, bias))
 
 
 @torch.no_grad()
 def set_router_units(model: nn.Module, tokens: torch.Tensor) -> None:
-    """Measure the size of each layer's inputs on tokens [windows, T]; routers scale by it."""
-    layers = [module for module in model.modules() if isinstance(module, TrainableLinear)]
+    """Measure the size of each layer's inputs on tokens [windows, T]; routers scale by it.
+
+    So one learning rate suits every router: a logit of 1 for an input of usual size.
+    """
 
     def watch(layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         # A median over tokens: a few tokens are a thousand times as large as the rest.
         size = inputs[0].float().square().mean(dim=-1).sqrt().median()
         layer.get_buffer("router_unit").copy_(1 / size.clamp_min(1e-6))
 
-    handles = [layer.register_forward_pre_hook(watch) for layer in layers]
+    handles = [layer.register_forward_pre_hook(watch) for layer in trainable_layers(model).values()]
     model(tokens)
     for handle in handles:
         handle.remove()

@@ -9,7 +9,12 @@ from tests.tiny import add_tokenizer
 from vllm_bmos.checkpoint.format import IN_SCALE
 from vllm_bmos.checkpoint.reader import Checkpoint
 
-STAGES = ("hessian", "kd-scales", "qat")
+STAGES = {
+    "hessian": ["hessian"],
+    "block": ["hessian", "block"],
+    "kd-scales": ["hessian", "kd-scales"],
+    "experts": ["hessian", "qat", "experts"],
+}
 
 
 @pytest.fixture
@@ -33,8 +38,7 @@ def test_a_fit_from_the_command_line(source, stage, capsys):
     target, code = convert(source, "packed", "--stage", stage)
     assert code == 0
     config = Checkpoint(target).config
-    stages = ["hessian"] if stage == "hessian" else ["hessian", stage]
-    assert config.provenance["stage"] == stage and config.provenance["stages"] == stages
+    assert config.provenance["stage"] == stage and config.provenance["stages"] == STAGES[stage]
     record = config.provenance["calibration"]
     assert record["texts"][0]["name"] == "text.jsonl" and record["windows"] == 8
     assert config.num_experts == 2
@@ -57,6 +61,36 @@ def test_a_fit_differs_from_plain_signs(source):
     plain, _ = convert(source, "plain")
     name = f"{Checkpoint(fitted).config.modules[0]}.{IN_SCALE}"
     assert not torch.equal(Checkpoint(fitted).tensor(name), Checkpoint(plain).tensor(name))
+
+
+def test_a_stage_starts_from_a_packed_checkpoint(source, capsys):
+    first, _ = convert(source, "first", "--stage", "svid", "--experts", "1")
+    target, code = convert(source, "second", "--stage", "block", "--start-from", str(first))
+    assert code == 0
+    record = Checkpoint(target).config.provenance
+    assert record["stages"] == ["svid", "block"] and record["start_from"]["name"] == "first"
+    _, code = convert(source, "third", "--stage", "qat", "--start-from", str(target), "--resume")
+    assert code == 0
+    make_dense(source.parent / "other", "llama-mqa")
+    other, _ = convert(source.parent / "other", "packed-other")
+    assert convert(source, "fourth", "--stage", "qat", "--start-from", str(other))[1] == 1
+    assert "its layers are not those of" in capsys.readouterr().err
+
+
+def test_the_model_writes_its_own_text(source, tmp_path, monkeypatch):
+    monkeypatch.setattr("converters.fitting.self_text.CACHE", tmp_path / "cache")
+    size = ("--windows", "4", "--length", "16", "--experts", "1")
+    flags = ("--stage", "hessian", "--calibration", "self:2000", *size)
+    for name in ("one", "two"):
+        assert main([str(source), str(source.parent / name), *flags]) == 0
+    (file,) = (tmp_path / "cache").iterdir()
+    record = [
+        Checkpoint(source.parent / name).config.provenance["calibration"]["texts"]
+        for name in ("one", "two")
+    ]
+    assert record[0] == record[1] and record[0][0]["name"] == "self:2000"
+    assert len(file.read_text()) > 1000
+    assert main([str(source), str(source.parent / "three"), *flags[:3], "self:x"]) == 1
 
 
 def test_a_dry_run_plans_the_fit_and_writes_nothing(source, capsys):

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from converters.fitting import distill, svid
-from converters.fitting.distill import DistillOptions, count_flips, divergence
+from converters.fitting.distill import DistillOptions, count_flips
+from converters.fitting.divergence import divergence, hidden_distance
 from converters.fitting.student import TrainableLinear, set_router_units
 from converters.options import Options
 from converters.sources import open_source
@@ -13,7 +14,9 @@ from tests.tiny import VOCAB
 from vllm_bmos import ops
 from vllm_bmos.checkpoint.format import IN_SCALE, OUT_SCALE, ROUTER, WEIGHT
 
-OPTIONS = DistillOptions(tokens=16 * 32, batch=2, save_steps=3, latent_lr=1e-2, scale_lr=3e-3)
+OPTIONS = DistillOptions(
+    tokens=16 * 32, batch=2, length=32, save_steps=3, latent_lr=0.3, scale_lr=3e-3
+)
 
 
 def reference(x, tensors, bias=None):
@@ -31,16 +34,21 @@ def reference(x, tensors, bias=None):
 
 
 def layer(E, N=24, K=33, spread=0.0, bias=None):
+    """A layer whose experts differ by `spread` if it is given."""
     generator = torch.Generator().manual_seed(0)
-    W = torch.randn(N, K, generator=generator)
-    tensors = svid.fit(W, E)
-    return tensors, TrainableLinear(tensors, W.abs(), bias, spread, generator)
+    tensors = svid.fit(torch.randn(N, K, generator=generator), E)
+    for name in (IN_SCALE, OUT_SCALE):
+        noise = torch.randn(tensors[name].shape, generator=generator)
+        tensors[name] = tensors[name] * (1 + spread * noise)
+    if spread:
+        tensors[ROUTER] = torch.randn(E, K, generator=generator)
+    return tensors, TrainableLinear(tensors, (N, K), bias)
 
 
 @pytest.mark.parametrize("E", [1, 4])
 def test_training_starts_from_the_packed_layer(E):
     bias = torch.randn(24)
-    tensors, trainable = layer(E, bias=bias)
+    tensors, trainable = layer(E, spread=0.3, bias=bias)
     x = torch.randn(2, 5, 33)
     found = trainable(x)
     expected = reference(x.view(10, 33), tensors, bias).view(2, 5, 24)
@@ -53,34 +61,31 @@ def test_what_is_packed_is_what_was_trained(E):
     with torch.no_grad():
         trainable.latent[0, 0] = 0.0
         trainable.latent[3] *= -1
+        trainable.factor_in *= 1.5
         trainable.router += torch.randn_like(trainable.router)
         trainable.router_unit.fill_(0.3)
     x = torch.randn(10, 33)
     packed = trainable.pack(torch.float32)
     torch.testing.assert_close(trainable(x), reference(x, packed), rtol=1e-4, atol=1e-4)
-    if E > 1:
-        assert not torch.equal(packed[IN_SCALE][0], packed[IN_SCALE][1])
 
 
-def test_gradients_are_those_of_a_dense_layer_at_the_signs():
-    _, trainable = layer(4, spread=0.3)
-    x, dy = torch.randn(10, 33), torch.randn(10, 24)
-    trainable(x).backward(dy)
+@pytest.mark.parametrize("E", [1, 4])
+def test_gradients_are_those_of_a_dense_layer_at_the_signs(E):
+    _, trainable = layer(E, spread=0.3)
+    x, dy = torch.randn(10, 33, requires_grad=True), torch.randn(10, 24)
+    trained = [trainable.latent, trainable.factor_in, trainable.factor_out, x]
+    trained += [trainable.router] if E > 1 else []
+    found = torch.autograd.grad(trainable(x), trained, dy)
     B = torch.where(trainable.latent >= 0, 1.0, -1.0).detach().requires_grad_()
     G = (x @ trainable.R.T).softmax(-1)
     y = ((x * (G @ trainable.S_in)) @ B.T) * (G @ trainable.S_out)
-    expected = torch.autograd.grad(y, [B, trainable.factor_in, trainable.router], dy)
-    found = [trainable.latent.grad, trainable.factor_in.grad, trainable.router.grad]
-    torch.testing.assert_close(found, list(expected), rtol=1e-4, atol=1e-4)
+    expected = torch.autograd.grad(y, [B, *trained[1:]], dy)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_equal_experts_are_set_apart_and_different_ones_are_kept():
-    tensors, trainable = layer(4, spread=0.1)
-    scales = trainable.S_in.detach()
-    assert all(not torch.equal(scales[0], scales[e]) for e in range(1, 4))
-    other = {**tensors, IN_SCALE: scales}
-    again = TrainableLinear(other, torch.ones(24, 33), None, 0.1, torch.Generator())
-    assert torch.equal(again.S_in, scales) and torch.equal(again.R, tensors[ROUTER])
+def test_every_sign_is_equally_far_from_a_flip():
+    _, trainable = layer(2)
+    assert torch.equal(trainable.latent.abs(), torch.ones(24, 33))
 
 
 def test_routers_scale_by_the_usual_size_of_their_inputs():
@@ -105,6 +110,15 @@ def test_divergence_is_kl_with_its_gradient():
     assert float(divergence(teacher, teacher)) == pytest.approx(0, abs=1e-6)
 
 
+def test_hidden_distance_is_relative_to_each_token():
+    torch.manual_seed(0)
+    h = torch.randn(2, 5, 8)
+    h[0, 0] *= 1e3
+    assert float(hidden_distance([h], [h])) == 0
+    assert float(hidden_distance([0 * h, h], [h, h])) == pytest.approx(0.5)
+    assert float(hidden_distance([1.1 * h], [h])) == pytest.approx(0.01, rel=1e-3)
+
+
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory):
     path = tmp_path_factory.mktemp("distill")
@@ -118,30 +132,35 @@ def setting(tmp_path_factory):
     return path, source, start, tokens
 
 
-def train(setting, name, options=OPTIONS, signs=True):
+def train(setting, name, options=OPTIONS, stage=distill.QAT):
     path, source, start, tokens = setting
     (path / name).mkdir(exist_ok=True)
     # Random tokens have nothing in common, so what is learnt shows on the trained ones only.
-    return distill.fit(source, start, tokens, tokens[:2], path / name, options, 0, signs)
+    return distill.fit(source, start, tokens, tokens[:2], path / name, options, stage, 2, 0)
 
 
 def flips(one, other):
-    modules = {name.rpartition(".")[0] for name in one}
-    return sum(
-        count_flips({WEIGHT: one[f"{m}.{WEIGHT}"]}, {WEIGHT: other[f"{m}.{WEIGHT}"]})
-        for m in modules
-    )
+    return sum(count_flips(one[name], other[name]) for name in one if name.endswith(WEIGHT))
 
 
 def test_training_lowers_the_loss_and_flips_signs_only_if_asked(setting, caplog):
     caplog.set_level("INFO")
     start = setting[2]
-    trained = train(setting, "signs")
+    trained = train(setting, "signs", replace(OPTIONS, hidden=1.0))
     assert "discarded" not in caplog.text
     assert trained.keys() == start.keys() and flips(trained, start) > 0
-    scales = train(setting, "scales", signs=False)
+    scales = train(setting, "scales", stage=distill.KD_SCALES)
     assert flips(scales, start) == 0
-    assert any(not torch.equal(scales[name], start[name]) for name in start)
+    assert any(not torch.equal(scales[name][:1], start[name][:1]) for name in start)
+
+
+def test_experts_are_split_and_trained(setting, caplog):
+    caplog.set_level("INFO")
+    trained = train(setting, "experts", stage=distill.EXPERTS)
+    assert "discarded" not in caplog.text and "entropy" in caplog.text
+    scales = [t for name, t in trained.items() if name.endswith(IN_SCALE)]
+    assert all(len(t) == 2 for t in scales)
+    assert any(not torch.equal(t[0], t[1]) for t in scales)
 
 
 def test_an_interrupted_training_continues_with_the_same_bytes(setting, monkeypatch):
