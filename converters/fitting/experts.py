@@ -109,7 +109,7 @@ def split(student: Any, tokens: torch.Tensor, E: int, seed: int) -> dict[str, Te
         packed = layer.pack(torch.float32)
         for scale in (IN_SCALE, OUT_SCALE):
             packed[scale] = packed[scale][:1].repeat(E, 1)
-        result[name] = {**packed, ROUTER: last[1]}
+        result[name] = {**packed, ROUTER: last[1].clone()}
 
     handles = [
         layer.register_forward_pre_hook(_bind(look, name))

@@ -15,7 +15,7 @@ from vllm_bmos import ops
 from vllm_bmos.checkpoint.format import IN_SCALE, OUT_SCALE, ROUTER, WEIGHT
 
 OPTIONS = DistillOptions(
-    tokens=16 * 32, batch=2, length=32, save_steps=3, latent_lr=0.3, scale_lr=3e-3
+    tokens=48 * 64, batch=2, length=32, save_steps=3, latent_lr=0.06, scale_lr=3e-3
 )
 
 
@@ -154,13 +154,15 @@ def test_training_lowers_the_loss_and_flips_signs_only_if_asked(setting, caplog)
     assert any(not torch.equal(scales[name][:1], start[name][:1]) for name in start)
 
 
-def test_experts_are_split_and_trained(setting, caplog):
+def test_experts_are_split_and_trained(setting, caplog, monkeypatch):
     caplog.set_level("INFO")
+    merged = []  # no expert helps with random tokens, so merging them is only noted here
+    monkeypatch.setattr(distill, "merge_where_useless", lambda *_: merged.append(True))
     trained = train(setting, "experts", stage=distill.EXPERTS)
     assert "discarded" not in caplog.text and "entropy" in caplog.text
     scales = [t for name, t in trained.items() if name.endswith(IN_SCALE)]
     assert all(len(t) == 2 for t in scales)
-    assert any(not torch.equal(t[0], t[1]) for t in scales)
+    assert merged and all(not torch.equal(t[0], t[1]) for t in scales)
 
 
 def test_an_interrupted_training_continues_with_the_same_bytes(setting, monkeypatch):
@@ -170,7 +172,7 @@ def test_an_interrupted_training_continues_with_the_same_bytes(setting, monkeypa
 
     def stop_late(*logits):
         count[0] += 1
-        if count[0] == 2 + 5:  # two windows are held out; then comes the fifth of eight steps
+        if count[0] == 2 + 5:  # two windows are held out; then comes the fifth step
             raise KeyboardInterrupt
         return real(*logits)
 
