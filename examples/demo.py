@@ -49,7 +49,7 @@ RECIPES = {
         "garbage.",
     ),
     "quick": Recipe(
-        ("--stage", "hessian", "--experts", "1", "--windows", "16"),
+        ("--stage", "hessian", "--experts", "1"),
         "5 minutes",
         "The text is not meant to be good: the quick fit takes 5 minutes. FIT=long trains longer.",
     ),
