@@ -10,6 +10,7 @@ was trained is kept only if the loss on held-out text fell.
 
 import logging
 import time
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from vllm_bmos.checkpoint.format import WEIGHT
 logger = logging.getLogger(__name__)
 
 QAT, KD_SCALES, EXPERTS = "qat", "kd-scales", "experts"
+LOG_STEPS = 10
 Tensors = dict[str, torch.Tensor]
 
 
@@ -216,7 +218,7 @@ def _trainer(
         groups.append({"params": latents, "lr": options.latent_lr})
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     schedule = cosine(optimizer, max(1, steps // 10), steps)
-    losses: list[torch.Tensor] = []
+    losses: deque[torch.Tensor] = deque(maxlen=LOG_STEPS)
 
     class Distiller(Trainer):  # type: ignore[misc,unused-ignore]
         def compute_loss(
@@ -239,11 +241,10 @@ def _trainer(
 
         def on_step_end(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
             done = state.global_step
-            if done % 10 == 0 or done == steps:
+            if done % LOG_STEPS == 0 or done == steps:
                 left = (time.monotonic() - self.began) / (done - self.first) * (steps - done)
-                mean = float(torch.stack(losses[-10:]).mean())
+                mean = float(torch.stack(list(losses)).mean())
                 logger.info("step %d of %d: KL %.3f, about %.0f s left", done, steps, mean, left)
-                losses.clear()
 
     return Distiller(
         model=student,
