@@ -51,6 +51,7 @@ def self_text(source: Source, tokenizer: Any, name: str, seed: int) -> Text:
 def generate(model: Any, tokenizer: Any, tokens: int, seed: int) -> str:
     """Sample sequences until there are `tokens` tokens; join them by blank lines."""
     length = min(LENGTH, model.config.max_position_embeddings)
+    end = tokenizer.eos_token_id or 0
     pieces: list[str] = []
     written = 0
     with torch.random.fork_rng():
@@ -66,10 +67,10 @@ def generate(model: Any, tokenizer: Any, tokens: int, seed: int) -> str:
                 top_k=0,
                 top_p=1.0,
                 max_new_tokens=length - 1,
-                pad_token_id=tokenizer.eos_token_id or 0,
+                pad_token_id=end,
             )
             pieces += tokenizer.batch_decode(rows, skip_special_tokens=True)
-            written += count * length
+            written += int((rows != end).sum())  # a sequence may end early
             logger.info("  %d of %d tokens", min(written, tokens), tokens)
     return "\n\n".join(pieces)
 
