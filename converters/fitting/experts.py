@@ -77,7 +77,7 @@ def fit_router(x: torch.Tensor, clusters: torch.Tensor, E: int) -> torch.Tensor:
         value.backward()  # type: ignore[no-untyped-call,unused-ignore]
         return value
 
-    optimizer.step(loss)  # type: ignore[arg-type]
+    optimizer.step(loss)
     return R.detach() / unit
 
 
