@@ -74,7 +74,7 @@ def fit_router(x: torch.Tensor, clusters: torch.Tensor, E: int) -> torch.Tensor:
     def loss() -> torch.Tensor:
         optimizer.zero_grad()
         value = nn.functional.cross_entropy(x @ R.T, clusters) + RIDGE * R.square().sum()
-        value.backward()  # type: ignore[no-untyped-call,unused-ignore]
+        value.backward()
         return value
 
     optimizer.step(loss)
