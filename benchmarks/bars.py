@@ -61,6 +61,14 @@ def linear_bars(result: dict[str, Any]) -> Iterator[Bar]:
     def each(value: Callable[[int, int], float], shown: str) -> str:
         return ", ".join(f"{K}x{N}: {value(K, N):{shown}}" for K, N in shapes)
 
+    overhead = result.get("call_overhead_us")
+    if overhead is not None:
+        yield (
+            "overhead of a call, beside a 40 us kernel",
+            "<= 4 us",
+            f"{overhead} us",
+            overhead <= 4,
+        )
     if 1 in Ms:
         gains = [gain("default", K, N, 1) for K, N in shapes]
         text = each(lambda K, N: gain("default", K, N, 1), ".1f")

@@ -32,6 +32,7 @@ from harness import (
 )
 from limits import measure_limits
 from peers import NAMES, Loaded, Mode, Peer, Weights, all_peers
+from peers.bmos import call_overhead_us
 from plots import plot_linear
 from timing import CpuTimer, CudaTimer, Ring, Timer, time_interleaved, warm_up
 
@@ -85,6 +86,7 @@ def main() -> int:
         "missing": missing,
         "wrong": wrong,
         "mixing": mixing_overhead(rows, args.E),
+        "call_overhead_us": call_overhead_us(args.E) if "vllm_bmos" in args.providers else None,
         "rows": rows,
     }
     write_json(args.json, result)

@@ -1,6 +1,8 @@
 """This project's layer, called as vLLM's plugin calls it: one op with everything in it."""
 
 import os
+import statistics
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -51,6 +53,24 @@ class Bmos(Peer):
         with _cpu_mode(mode.name):
             kernel = choose_kernel(config)
             return LoadedLayers([_layer(kernel, weights, config) for _ in range(copies)])
+
+
+def call_overhead_us(E: int) -> float | None:
+    """Median of a call without tokens: the dispatch from Python down to the kernel and back.
+
+    None where the kernel is not the CPU's, whose calls return only when the work is done.
+    """
+    weights = Weights.random(256, 192, torch.bfloat16, "cpu")
+    kernel = choose_kernel(_config(weights, E))
+    if kernel.name != "cpu":
+        return None
+    layer, x = _layer(kernel, weights, _config(weights, E)), weights.activations(1)[:0]
+    samples = []
+    for _ in range(2000):
+        begin = time.perf_counter_ns()
+        layer(x)
+        samples.append((time.perf_counter_ns() - begin) / 1e3)
+    return round(statistics.median(samples), 2)
 
 
 def _config(weights: Weights, E: int) -> LinearConfig:
