@@ -23,7 +23,7 @@ from vllm_bmos.checkpoint.format import SAFETENSORS_DTYPES, FormatError, TensorS
 DTYPE = torch.bfloat16
 # Embeddings and head, by far the largest tensors of a small model, keep their rows where they are.
 ROW_BY_ROW = ("token_embd.weight", "output.weight")
-BLOCK_ROWS = 4096
+BLOCK_ROWS = 1024
 
 
 class GgufSource(DenseSource):
@@ -55,19 +55,30 @@ class GgufStore:
         }
 
     def tensor(self, name: str) -> torch.Tensor:
-        """Dequantise a whole tensor."""
-        stored = self._tensors[name]
-        return self._dequantise(stored, stored.data)
-
-    def _dequantise(self, stored: Any, data: Any) -> torch.Tensor:
-        """Dequantise some rows of a stored tensor."""
+        """Dequantise a whole tensor: a matrix by blocks of rows, so that float32 is short-lived."""
         from gguf import dequantize
 
-        weights = dequantize(data, stored.tensor_type)
+        stored = self._tensors[name]
+        if stored.data.ndim != 2:  # llama.cpp changes values of vectors: Gemma's norms
+            values = self._placed(stored, dequantize(stored.data, stored.tensor_type))
+            return torch.from_numpy(values).to(DTYPE)
+        blocks = [self._rows(stored, start) for start in range(0, len(stored.data), BLOCK_ROWS)]
+        bits = torch.cat(blocks).view(torch.int16).numpy()  # numpy has no bfloat16
+        return torch.from_numpy(self._placed(stored, bits)).view(DTYPE)
+
+    def _rows(self, stored: Any, start: int) -> torch.Tensor:
+        """Some rows of a matrix, dequantised."""
+        from gguf import dequantize
+
+        data = stored.data[start : start + BLOCK_ROWS]
+        return torch.from_numpy(dequantize(data, stored.tensor_type)).to(DTYPE)
+
+    def _placed(self, stored: Any, values: Any) -> Any:
+        """Values in transformers' order and meaning."""
         result = self._processor.process(
-            weights=weights, name=stored.name, tensor_key_mapping=self._names, parsed_parameters={}
+            weights=values, name=stored.name, tensor_key_mapping=self._names, parsed_parameters={}
         )
-        return torch.from_numpy(np.array(result.weights, order="C")).to(DTYPE)
+        return np.array(result.weights, order="C")
 
     def blocks(self, name: str) -> Iterator[torch.Tensor]:
         """The whole tensor: its layout may permute rows."""
@@ -76,10 +87,11 @@ class GgufStore:
     def chunks(self, name: str) -> Iterator[memoryview]:
         """The bytes of the dequantised tensor; the largest ones in blocks of rows."""
         stored = self._tensors[name]
-        rows = len(stored.data)
-        step = BLOCK_ROWS if stored.name in ROW_BY_ROW else rows
-        for start in range(0, rows, step):
-            yield tensor_bytes(self._dequantise(stored, stored.data[start : start + step]))
+        if stored.name not in ROW_BY_ROW:
+            yield tensor_bytes(self.tensor(name))
+            return
+        for start in range(0, len(stored.data), BLOCK_ROWS):
+            yield tensor_bytes(self._rows(stored, start))
 
 
 def open_gguf(path: Path) -> tuple[GgufStore, dict[str, Any], str | None]:
