@@ -92,6 +92,19 @@ def test_every_tile(poison, use_tile, dtype, tile):
     assert_close(y, *layer, vendor=tile is None)
 
 
+@pytest.mark.parametrize("tile", [*TILES, None], ids=str)
+def test_no_access_behind_a_buffer(guarded, use_tile, tile):
+    """K and N that no block divides, in memory that ends with each tensor."""
+    use_tile(tile)
+    config = config_of(1144, [5, 3], 3)  # 72 words a row, one token's row a multiple of 16 bytes
+    tensors, x, bias = random_layer(config), random_x(2, config), random_bias(config)
+    prepared = KERNEL.prepare(tensors, config)
+    fields = {name: guarded(tensor) for name, tensor in vars(prepared).items()}
+    logits = KERNEL.router_logits(guarded(x), fields["router_weight"], 2)
+    y = KERNEL.linear(guarded(x), logits, replace(prepared, **fields), guarded(bias), [5, 3])
+    assert_close(y, x, tensors, bias, [5, 3], vendor=tile is None)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_vendor_gemm_in_parts(poison, use_tile, monkeypatch, dtype):
     use_tile(None)
