@@ -21,12 +21,12 @@ from converters.compare import compare
 from converters.evaluate import evaluate, router_entropy
 from converters.fitting import FITTED_STAGES, STAGES
 from converters.fitting.distributed import is_main
+from converters.locked import TargetError
 from converters.model_card import README, model_card
 from converters.options import Options
 from converters.pipeline import convert
 from converters.plan import Plan, make_plan
 from converters.report import conversion_report, inspection, plan_report
-from converters.workspace import TargetError
 from vllm_bmos.checkpoint.format import MAX_EXPERTS, SCALE_DTYPES, FormatError
 from vllm_bmos.checkpoint.verify import verify
 from vllm_bmos.checkpoint.writer import write_bytes

@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 
+from converters.locked import TargetError
 from converters.model_card import README, model_card
 from converters.plan import Job, Plan
 from converters.progress import Progress
-from converters.workspace import TargetError, Workspace, work_directory
+from converters.workspace import Workspace, work_directory
 from vllm_bmos.checkpoint.container import spec_bytes
 from vllm_bmos.checkpoint.format import CONFIG_FILE, SCALES, TORCH_DTYPES
 from vllm_bmos.checkpoint.reader import Checkpoint

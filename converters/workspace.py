@@ -7,19 +7,16 @@ A job's line holds the sha256 of each tensor that it wrote. A resumed run trusts
 the bytes on the disk still have these sums, so no crash at any moment can leave a wrong tensor.
 """
 
-import fcntl
 import json
 import os
 import shutil
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
+from typing_extensions import override
+
+from converters.locked import LockedFolder, TargetError
 from vllm_bmos.checkpoint.format import FormatError
-
-
-class TargetError(Exception):
-    """DST cannot be written. The message says why and what to do."""
 
 
 def work_directory(target: Path) -> Path:
@@ -27,7 +24,7 @@ def work_directory(target: Path) -> Path:
     return target.with_name(target.name + ".partial")
 
 
-class Workspace:
+class Workspace(LockedFolder):
     """The exclusive right to write one DST.
 
     Args:
@@ -45,24 +42,29 @@ class Workspace:
     """
 
     def __init__(self, target: Path, fingerprint: str, resume: bool) -> None:
+        check_free(target)
+        super().__init__(work_directory(target))
         self.target = target
-        self.root = work_directory(target)
         self.checkpoint = self.root / "checkpoint"
         self.finished: dict[str, dict[str, Any]] = {}
+        self._fingerprint, self._resume = fingerprint, resume
         self._journal_file = self.root / "journal.jsonl"
-        check_free(target)
-        fresh = _make(self.root)
-        self._lock = _lock(self.root)
-        try:
-            if not fresh:
-                self._continue(fingerprint, resume)
-            self.checkpoint.mkdir(exist_ok=True)
-            lines = [{"fingerprint": fingerprint}, *self.finished.values()]
-            self._journal_file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-            self._journal = self._journal_file.open("a")
-        except BaseException:
-            os.close(self._lock)
-            raise
+
+    @override
+    def opened(self) -> None:
+        if any(self.root.iterdir()):
+            self._continue(self._fingerprint, self._resume)
+        self.checkpoint.mkdir(exist_ok=True)
+        lines = [{"fingerprint": self._fingerprint}, *self.finished.values()]
+        self._journal_file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        self._journal = self._journal_file.open("a")
+
+    @override
+    def closing(self, error: BaseException | None) -> None:
+        """What is worth nothing to a resumed run does not stay behind."""
+        self._journal.close()
+        if isinstance(error, FormatError) or not self.finished:
+            shutil.rmtree(self.root, ignore_errors=True)
 
     def _continue(self, fingerprint: str, resume: bool) -> None:
         if not resume:
@@ -92,22 +94,6 @@ class Workspace:
         self._journal_file.unlink()
         self.root.rmdir()
 
-    def __enter__(self) -> "Workspace":
-        """Enter."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Release the lock. What is worth nothing to a resumed run does not stay behind."""
-        self._journal.close()
-        if isinstance(error, FormatError) or not self.finished:
-            shutil.rmtree(self.root, ignore_errors=True)
-        os.close(self._lock)
-
 
 def check_free(target: Path) -> None:
     """Raise TargetError unless `target` does not exist or is an empty directory."""
@@ -122,25 +108,6 @@ def sync_directory(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _make(root: Path) -> bool:
-    """Create the directory; return whether it holds nothing that an earlier run left."""
-    root.parent.mkdir(parents=True, exist_ok=True)
-    root.mkdir(exist_ok=True)
-    return not any(root.iterdir())
-
-
-def _lock(root: Path) -> int:
-    descriptor = os.open(root, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.stat(root).st_ino == os.fstat(descriptor).st_ino:
-            return descriptor
-    except (BlockingIOError, FileNotFoundError):
-        pass
-    os.close(descriptor)
-    raise TargetError(f"Another converter is writing {root}. Wait for it, or choose another DST.")
 
 
 def _read_journal(path: Path) -> list[dict[str, Any]]:

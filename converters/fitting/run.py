@@ -3,6 +3,7 @@
 import hashlib
 import logging
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -193,7 +194,8 @@ class Fit:
             "plan": self.plan.fingerprint(),
             "torch": torch.__version__,
         }
-        with FitFolder(target, facts, resume, owner=is_main()) as folder:
+        folder = FitFolder(target, facts, resume)
+        with folder if is_main() else nullcontext(folder):  # other processes only read
             for stage in self.stages:
                 self._run_stage(stage, folder, threads)
         E = self.source.experts

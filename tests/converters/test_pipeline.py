@@ -12,11 +12,12 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from converters import pipeline
+from converters.locked import TargetError
 from converters.options import Options
 from converters.pipeline import convert
 from converters.plan import make_plan
 from converters.sources.official import OfficialSource
-from converters.workspace import TargetError, Workspace
+from converters.workspace import Workspace
 from tests.converters.models import make_dense, make_official
 from vllm_bmos.checkpoint import FormatError
 from vllm_bmos.checkpoint.verify import verify
@@ -199,7 +200,7 @@ def test_the_target_may_not_be_the_source(tmp_path, source):
 def test_two_converters_on_one_target(tmp_path, source, wanted):
     with (
         Workspace(tmp_path / "target", "fingerprint", resume=False),
-        pytest.raises(TargetError, match="Another converter is writing"),
+        pytest.raises(TargetError, match="Another process is working in"),
     ):
         convert(make_plan(source, Options()), tmp_path / "target")
     convert(make_plan(source, Options()), tmp_path / "target")

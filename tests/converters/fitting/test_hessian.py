@@ -14,9 +14,9 @@ from converters.fitting.blocks import BlockModel, run_block
 from converters.fitting.folder import FitFolder
 from converters.fitting.layer import dense_weight
 from converters.fitting.observe import find_groups
+from converters.locked import TargetError
 from converters.options import Options
 from converters.sources import open_source
-from converters.workspace import TargetError
 from tests.converters.models import make_dense
 from tests.tiny import VOCAB, random_model
 

@@ -26,7 +26,7 @@ SELFCHECK_ENV = "VLLM_BMOS_SELFCHECK"
 MODES = ("fallback", "error", "off")
 TOLERANCE = {torch.float16: 3e-3, torch.bfloat16: 2.4e-2}
 """Largest error over largest output. Both kernels round at the same points, but sum in different
-orders: an output, a product and a scale may each fall on the other side of an edge, one unit each."""
+orders: an output, a product and a scale may each fall on the other side of an edge, by one unit."""
 
 
 class SelfCheckError(RuntimeError):

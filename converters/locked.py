@@ -1,0 +1,67 @@
+"""A directory that one process at a time works in."""
+
+import fcntl
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+
+class TargetError(Exception):
+    """DST cannot be written. The message says why and what to do."""
+
+
+class LockedFolder:
+    """Creates a directory when entered and holds it until left, or until the process dies.
+
+    Args:
+        root: the directory.
+
+    Raises:
+        TargetError: when entered, if another process holds it.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def opened(self) -> None:
+        """Called with the lock held: take over or refuse what is there."""
+
+    def closing(self, error: BaseException | None) -> None:
+        """Called before the lock is let go, with what ended the work early, if anything."""
+
+    def __enter__(self) -> Self:
+        """Lock, or say that another process has."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        self._descriptor = os.open(self.root, os.O_RDONLY)
+        try:
+            self._lock()
+            self.opened()
+        except BaseException:
+            os.close(self._descriptor)
+            raise
+        return self
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The one who held it may have removed it in between.
+            if os.stat(self.root).st_ino == os.fstat(self._descriptor).st_ino:
+                return
+        except (BlockingIOError, FileNotFoundError):
+            pass
+        raise TargetError(
+            f"Another process is working in {self.root}. Wait for it, or choose another DST."
+        )
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Release the lock."""
+        try:
+            self.closing(error)
+        finally:
+            os.close(self._descriptor)
