@@ -1,8 +1,9 @@
 """The converter at scale: wall time, MB/s of source, peak memory, and kills with resumption.
 
     python benchmarks/convert.py DIR --size 7b --kills 3
+    python benchmarks/convert.py DIR --size 7b --kind dense --kills 0   # the speed of svid
 
-makes a synthetic official checkpoint in DIR (unless it is there), reads it and writes as many bytes
+makes a synthetic checkpoint in DIR (unless it is there), reads it and writes as many bytes
 as the result has (the limit that no converter can pass), converts it, and then kills conversions
 at random moments and resumes them, comparing every byte with the undisturbed result. DIR needs
 room for the source and two results. The page cache is as it comes: warm, where memory allows.
@@ -24,6 +25,7 @@ from typing import Any
 from harness import REPOSITORY, common_parser, machine_facts, print_facts, start, write_json
 from make_official import SIZES, make
 
+EXPERTS = {"official": 4, "dense": 0}
 CHUNK = 8 << 20
 CONVERTER = [sys.executable, str(REPOSITORY / "converters/hf_to_bmos.py")]
 
@@ -99,14 +101,15 @@ def main() -> None:
     parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
     parser.add_argument("directory", type=Path, help="where source and results go")
     parser.add_argument("--size", choices=SIZES, default="7b")
+    parser.add_argument("--kind", choices=EXPERTS, default="official", help="of the source")
     parser.add_argument("--kills", type=int, default=3)
     args = parser.parse_args()
     start(args.threads)
     facts = machine_facts(args.threads)
     print_facts(facts)
-    source, target = args.directory / f"official-{args.size}", args.directory / "packed"
+    source, target = args.directory / f"{args.kind}-{args.size}", args.directory / "packed"
     if not source.exists():
-        make(source, args.size)
+        make(source, args.size, experts=EXPERTS[args.kind])
     for leftover in args.directory.glob("packed*"):
         shutil.rmtree(leftover)
     source_bytes = tree_bytes(source)
@@ -124,6 +127,7 @@ def main() -> None:
     result = {
         "machine": facts,
         "size": args.size,
+        "kind": args.kind,
         "source_bytes": source_bytes,
         "packed_bytes": packed_bytes,
         **run,

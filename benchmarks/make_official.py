@@ -2,6 +2,7 @@
 
     python benchmarks/make_official.py DST --size 7b
     python benchmarks/make_official.py DST --size tiny --bin --seed 1
+    python benchmarks/make_official.py DST --size 7b --experts 0   # the same model, dense
 
 The weights are random, so the model says nothing; sizes, names, dtypes and files are those of the
 published checkpoints. Files are written by safetensors or torch.save, not by this project's writer.
@@ -65,7 +66,7 @@ def config(size: str, experts: int) -> dict[str, object]:
         "eos_token_id": 2,
         "pad_token_id": 0,
         "torch_dtype": "float16",
-        "num_expert": experts,
+        **({"num_expert": experts} if experts else {}),
     }
 
 
@@ -105,6 +106,8 @@ def tensors(size: str, experts: int, seed: int) -> Iterator[tuple[str, torch.Ten
         for name, (N, K) in linears(size).items():
             module = f"model.layers.{block}.{name}"
             yield f"{module}.weight", latent(N, K)
+            if not experts:
+                continue
             yield f"{module}.gate_linear.weight", torch.randn(experts, K, generator=random).half()
             yield f"{module}.in_channel_scale", scale(experts, K)
             yield f"{module}.out_channel_scale", scale(experts, N)
@@ -167,7 +170,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("target", type=Path, help="directory to create")
     parser.add_argument("--size", choices=SIZES, default="tiny")
-    parser.add_argument("--experts", type=int, default=4)
+    parser.add_argument("--experts", type=int, default=4, help="0 makes a dense model")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--shard-bytes", type=int, default=1_000_000_000)
     parser.add_argument("--bin", action="store_true", help="torch.save instead of safetensors")
