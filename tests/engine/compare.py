@@ -42,8 +42,8 @@ def engine(path: Path, dtype: str, **options: Any) -> Iterator[Any]:
         cleanup_dist_env_and_memory()
 
 
-def generate(llm: Any, prompts: list[list[int]]) -> list[Answer]:
-    """Greedy answers to the prompts as one batch."""
+def generate(llm: Any, prompts: list[list[int]], **options: Any) -> list[Answer]:
+    """Greedy answers to the prompts as one batch; `options` go to `LLM.generate`."""
     from vllm import SamplingParams
 
     outputs = llm.generate(
@@ -52,14 +52,20 @@ def generate(llm: Any, prompts: list[list[int]]) -> list[Answer]:
             temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, logprobs=0, detokenize=False
         ),
         use_tqdm=False,
+        **options,
     )
     return [answer_of(output.outputs[0]) for output in outputs]
 
 
-def vllm_answers(path: Path, dtype: str, **options: Any) -> list[Answer]:
-    """The answers of an engine in this process to the comparison prompts."""
+def vllm_answers(
+    path: Path, dtype: str, adapter: str | None = None, **options: Any
+) -> list[Answer]:
+    """The answers of an engine in this process to the comparison prompts, with a LoRA or none."""
+    from vllm.lora.request import LoRARequest
+
+    request = None if adapter is None else LoRARequest("adapter", 1, adapter)
     with engine(path, dtype, **options) as llm:
-        return generate(llm, PROMPTS)
+        return generate(llm, PROMPTS, lora_request=request)
 
 
 def answer_of(completion: Any) -> Answer:
@@ -75,13 +81,24 @@ def reference_answers(
     path: Path, dtype: torch.dtype, answers: list[Answer] | None = None
 ) -> list[Answer]:
     """Greedy answers of transformers, or its log-probabilities of given ones (teacher forced)."""
+    return model_answers(reference_model(path, dtype), answers)
+
+
+def reference_model(path: Path, dtype: torch.dtype) -> Any:
+    """A packed or dense checkpoint in transformers; packed layers run the reference op."""
     from transformers import AutoModelForCausalLM
 
     import vllm_bmos.integrations.transformers  # noqa: F401 (registers the quantizer)
 
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="eager")
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="eager")
+
+
+def model_answers(
+    model: Any, answers: list[Answer] | None = None, prompts: list[list[int]] = PROMPTS
+) -> list[Answer]:
+    """`reference_answers` of a model that is loaded, to any prompts."""
     results = []
-    for i, prompt in enumerate(PROMPTS):
+    for i, prompt in enumerate(prompts):
         tokens = list(prompt)
         forced = answers[i].tokens if answers else [None] * NEW_TOKENS
         logprobs = []

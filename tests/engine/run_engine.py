@@ -2,6 +2,8 @@
 
 usage: python -m tests.engine.run_engine '{"path": ..., "dtype": ..., OPTION: ...}'
 
+Option "adapter" is a LoRA adapter's folder; the others are vLLM's.
+
 Prints the answers as JSON on the last line of stdout.
 """
 

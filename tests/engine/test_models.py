@@ -15,6 +15,9 @@ from tests.engine.compare import (
 from tests.tiny import CONFIGS, make_packed
 
 
+@pytest.mark.feature(
+    "Numerics", f"eager, float32: {', '.join(CONFIGS)}", against="transformers, equal tokens"
+)
 @pytest.mark.parametrize("arch", CONFIGS)
 def test_fp32_greedy_tokens_and_logprobs_equal_transformers(arch: str, tmp_path: Path) -> None:
     path = make_packed(arch, tmp_path)
@@ -23,15 +26,22 @@ def test_fp32_greedy_tokens_and_logprobs_equal_transformers(arch: str, tmp_path:
     assert_same(vllm_answers(path, "float32"), expected, tolerance=2e-3)
 
 
-# bf16 rounds differently in every engine, so tokens may part. What can be asked is that vLLM's
-# log-probabilities are as close to the fp32 truth as those of transformers in bf16.
-@pytest.mark.parametrize("arch", ["llama", "opt"])
-def test_bf16_is_as_close_to_fp32_as_transformers_is(arch: str, tmp_path: Path) -> None:
-    path = make_packed(arch, tmp_path, scale_dtype=torch.bfloat16)
-    found = vllm_answers(path, "bfloat16")
+# 16 bits round differently in every engine, so tokens may part. What can be asked is that vLLM's
+# log-probabilities are as close to the fp32 truth as those of transformers in the same dtype.
+@pytest.mark.feature(
+    "Numerics", "eager, bfloat16 and float16", against="as close to float32 as transformers is"
+)
+@pytest.mark.parametrize(
+    ("arch", "dtype"), [("llama", "bfloat16"), ("opt", "bfloat16"), ("llama", "float16")]
+)
+def test_16_bits_are_as_close_to_fp32_as_transformers_is(
+    arch: str, dtype: str, tmp_path: Path
+) -> None:
+    path = make_packed(arch, tmp_path, scale_dtype=getattr(torch, dtype))
+    found = vllm_answers(path, dtype)
     assert_varied(found)
     truth = logprobs(reference_answers(path, torch.float32, answers=found))
-    peer = logprobs(reference_answers(path, torch.bfloat16, answers=found))
+    peer = logprobs(reference_answers(path, getattr(torch, dtype), answers=found))
     error, peer_error = (logprobs(found) - truth).abs(), (peer - truth).abs()
     assert error.mean() < 1.5 * peer_error.mean() + 0.005
     assert error.max() < 2 * peer_error.max() + 0.02
@@ -41,6 +51,7 @@ def logprobs(answers: list[Answer]) -> torch.Tensor:
     return torch.tensor([p for answer in answers for p in answer.logprobs])
 
 
+@pytest.mark.feature("Numerics", "1 and 3 experts", against="transformers, equal tokens")
 @pytest.mark.parametrize("E", [1, 3])
 def test_any_number_of_experts(E: int, tmp_path: Path) -> None:
     path = make_packed("llama", tmp_path, E=E, scale_dtype=torch.float32)

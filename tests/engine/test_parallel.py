@@ -1,12 +1,22 @@
-"""The same answers from a compiled model and from two tensor-parallel ranks."""
+"""The same answers from a compiled model, and from several ranks."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from tests.engine.compare import assert_same, assert_varied, reference_answers, subprocess_answers
-from tests.tiny import make_packed
+from tests.engine.adapters import adapted, make_adapter
+from tests.engine.compare import (
+    assert_same,
+    assert_varied,
+    model_answers,
+    reference_answers,
+    reference_model,
+    run_engine,
+    subprocess_answers,
+)
+from tests.tiny import make_packed, random_model
 
 COMPILED = {"TORCH_COMPILE_DISABLE": "0"}
 TWO_RANKS = {
@@ -16,6 +26,7 @@ TWO_RANKS = {
 }
 
 
+@pytest.mark.feature("Numerics", "torch.compile", against="transformers")
 def test_compiled_equals_transformers(tmp_path: Path) -> None:
     path = make_packed("llama", tmp_path)
     expected = reference_answers(path, torch.float32)
@@ -26,6 +37,7 @@ def test_compiled_equals_transformers(tmp_path: Path) -> None:
 
 # llama-mqa: both ranks hold the one k and v head. opt: biases, which only one rank may add.
 # phi3: q/k/v and gate/up are fused on disk and split over the ranks here.
+@pytest.mark.feature("Parallelism", "tensor parallel over 2 ranks", against="transformers")
 @pytest.mark.parametrize("arch", ["llama-mqa", "opt", "phi3"])
 def test_two_ranks_equal_transformers(arch: str, tmp_path: Path) -> None:
     path = make_packed(arch, tmp_path)
@@ -33,3 +45,59 @@ def test_two_ranks_equal_transformers(arch: str, tmp_path: Path) -> None:
     assert_varied(expected)
     found, _ = subprocess_answers(path, "float32", TWO_RANKS, tensor_parallel_size=2)
     assert_same(found, expected, tolerance=2e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.feature(
+    "Parallelism", "LoRA over 2 ranks", against="transformers with the deltas added"
+)
+def test_an_adapter_on_two_ranks_equals_transformers(tmp_path: Path) -> None:
+    path = make_packed("llama", tmp_path / "packed")
+    adapter = make_adapter(path, tmp_path / "adapter")
+    model = reference_model(path, torch.float32)
+    with adapted(model, adapter):
+        expected = model_answers(model)
+    assert_varied(expected)
+    options: dict[str, Any] = {"tensor_parallel_size": 2, "enable_lora": True, "max_lora_rank": 8}
+    found, _ = subprocess_answers(path, "float32", TWO_RANKS, adapter=str(adapter), **options)
+    assert_same(found, expected, tolerance=2e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.feature("Parallelism", "pipeline parallel over 2 ranks", against="transformers")
+@pytest.mark.parametrize("arch", ["llama", "llama-tied"])
+def test_two_stages_equal_transformers(arch: str, tmp_path: Path) -> None:
+    path = make_packed(arch, tmp_path)
+    expected = reference_answers(path, torch.float32)
+    assert_varied(expected)
+    found, _ = subprocess_answers(
+        path, "float32", COMPILED | TWO_RANKS, pipeline_parallel_size=2, enforce_eager=False
+    )
+    assert_same(found, expected, tolerance=2e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.feature(
+    "Parallelism",
+    "pipeline parallel with `--enforce-eager`",
+    limit="vLLM's CPU worker asserts, for dense models too; works compiled",
+)
+def test_eager_stages_fail_in_vllm(tmp_path: Path) -> None:
+    packed, dense = make_packed("llama", tmp_path / "packed"), tmp_path / "dense"
+    random_model("llama").save_pretrained(dense)
+    failures = [
+        run_engine(path, "float32", TWO_RANKS, pipeline_parallel_size=2) for path in (packed, dense)
+    ]
+    for failure in failures:
+        assert failure.returncode != 0
+        assert "AssertionError" in failure.stdout + failure.stderr
+
+
+@pytest.mark.feature(
+    "Parallelism", "sizes that do not divide K", against="the error names the sizes"
+)
+def test_a_split_that_does_not_fit_names_the_sizes_that_do(tmp_path: Path) -> None:
+    from vllm_bmos.plugin.linear import check_split
+
+    with pytest.raises(ValueError, match=r"K=11008 .* Sizes that work for this layer: 1, 2, 4, 8"):
+        check_split("model.layers.0.mlp.down_proj", 11008, 3)

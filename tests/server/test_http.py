@@ -50,6 +50,7 @@ def test_the_log_names_the_kernel_and_why(server: Server) -> None:
     assert "BinaryMoS: kernel " in server.log_text()
 
 
+@pytest.mark.feature("Server", "completions, whole and streamed", against="one another")
 def test_streamed_and_whole_completions_agree(client: OpenAI) -> None:
     stream = client.completions.create(
         model="tiny",
@@ -64,6 +65,7 @@ def test_streamed_and_whole_completions_agree(client: OpenAI) -> None:
     assert "".join(pieces) == complete(client, "one two")
 
 
+@pytest.mark.feature("Server", "chat, streamed", against="the number of chunks")
 def test_chat_streams(client: OpenAI) -> None:
     stream = client.chat.completions.create(
         model="tiny",
@@ -76,6 +78,7 @@ def test_chat_streams(client: OpenAI) -> None:
     assert len([chunk for chunk in stream if chunk.choices]) > 4
 
 
+@pytest.mark.feature("Server", "16 requests at once", against="the same one at a time")
 def test_sixteen_at_once_answer_as_one_at_a_time(client: OpenAI) -> None:
     prompts = [f"question {i}: " + "word " * (i % 5) for i in range(16)]
     alone = [complete(client, prompt) for prompt in prompts]
@@ -85,6 +88,7 @@ def test_sixteen_at_once_answer_as_one_at_a_time(client: OpenAI) -> None:
     assert together == alone
 
 
+@pytest.mark.feature("Server", "structured output by a JSON schema", against="the schema")
 def test_structured_output_follows_its_schema(client: OpenAI) -> None:
     schema = {
         "type": "object",
@@ -107,6 +111,7 @@ def test_structured_output_follows_its_schema(client: OpenAI) -> None:
     assert isinstance(value["sure"], bool)
 
 
+@pytest.mark.feature("Server", "log-probabilities", against="present and negative")
 def test_logprobs_are_returned(client: OpenAI) -> None:
     answer = client.completions.create(
         model="tiny", prompt="abc", max_tokens=4, temperature=0, logprobs=3
@@ -117,12 +122,16 @@ def test_logprobs_are_returned(client: OpenAI) -> None:
     assert all(p is not None and p < 0 for p in logprobs.token_logprobs)
 
 
+@pytest.mark.feature(
+    "Server", "a prompt that is too long", against="refused, and the server goes on"
+)
 def test_a_request_that_is_too_long_is_refused_and_the_server_goes_on(client: OpenAI) -> None:
     with pytest.raises(BadRequestError, match="256"):
         complete(client, "x" * 1000)
     complete(client, "still there")
 
 
+@pytest.mark.feature("Server", "`/metrics`", against="the tokens asked for")
 def test_metrics_count_the_tokens(server: Server, client: OpenAI) -> None:
     def generated() -> float:
         with urllib.request.urlopen(f"{server.url}/metrics") as response:
@@ -141,6 +150,7 @@ def start_and_fail(path: Path, options: list[str], log: Path) -> str:
     return str(error.value)
 
 
+@pytest.mark.feature("Server", "a checkpoint with a tensor missing", against="refused by its name")
 def test_an_incomplete_checkpoint_is_refused_by_name(packed: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     broken.mkdir()
@@ -153,6 +163,7 @@ def test_an_incomplete_checkpoint_is_refused_by_name(packed: Path, tmp_path: Pat
     assert "model.layers.1.self_attn.k_proj.weight_packed is listed in" in message
 
 
+@pytest.mark.feature("Server", "another `--quantization`", against="refused")
 def test_another_quantization_is_refused(packed: Path, tmp_path: Path) -> None:
     message = start_and_fail(packed, ["--quantization", "fp8"], tmp_path / "server.log")
     assert "(binarymos) does not match" in message

@@ -12,11 +12,13 @@ from vllm.model_executor.layers.quantization.base_config import (
     QuantizeMethodBase,
 )
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.platforms import current_platform
 
 from vllm_bmos.checkpoint import QUANT_METHOD, BinaryMosConfig, Checkpoint, FormatError
 from vllm_bmos.checkpoint.format import BIAS, INDEX_FILE, MANIFEST_FILE, SINGLE_FILE
 from vllm_bmos.plugin.embedding import LeanEmbeddingMethod
 from vllm_bmos.plugin.linear import BinaryMosLinearMethod
+from vllm_bmos.plugin.memory import available_bytes, check_memory
 
 if TYPE_CHECKING:
     from vllm.model_executor.models.utils import WeightsMapper
@@ -47,6 +49,7 @@ class BinaryMosVllmConfig(QuantizationConfig):
         modules: checkpoint name of every quantized layer by the name vLLM's model gives it.
         biases: whether each quantized layer has a bias, by checkpoint name; None if the
             checkpoint's files were not read (load formats that do not use them).
+        nbytes: bytes of all tensors of those files.
     """
 
     def __init__(self, config: BinaryMosConfig) -> None:
@@ -54,6 +57,7 @@ class BinaryMosVllmConfig(QuantizationConfig):
         self.config = config
         self.modules = {name: name for name in config.modules}
         self.biases: dict[str, bool] | None = None
+        self.nbytes = 0
 
     @classmethod
     def get_name(cls) -> Any:
@@ -125,6 +129,7 @@ class BinaryMosVllmConfig(QuantizationConfig):
             )
         if self.biases is None:
             self._read_checkpoint_at_load()
+        self._check_machine()
         names = [self.modules[shard] for shard in shards]
         biases = None if self.biases is None else [self.biases[name] for name in names]
         return BinaryMosLinearMethod(self.config, names, biases)
@@ -151,6 +156,22 @@ class BinaryMosVllmConfig(QuantizationConfig):
             f"{what} yet. Convert the model again with --ignore "
             f"'{prefix.rpartition('.')[2]}'."
         )
+
+    def _check_machine(self) -> None:
+        """What a CPU cannot hold, and what vLLM gets wrong there; before a layer is allocated."""
+        vllm_config = get_current_vllm_config_or_none()
+        if vllm_config is None or not current_platform.is_cpu():
+            return
+        if vllm_config.lora_config is not None:
+            logger.warning_once(
+                "vLLM on a CPU answers requests without an adapter with the adapter of the last "
+                "slot: set --max-loras to one more than the adapters in use."
+            )
+        nbytes, self.nbytes = self.nbytes, 0  # once, not for every layer
+        if nbytes:
+            parallel = vllm_config.parallel_config
+            ranks = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
+            check_memory(nbytes, ranks, available_bytes())
 
     def _read_checkpoint_at_load(self) -> None:
         vllm_config = get_current_vllm_config_or_none()
@@ -186,4 +207,5 @@ class BinaryMosVllmConfig(QuantizationConfig):
                 f"{path}: quantization_config differs from the one vLLM was given (an override?). "
                 "Serve the checkpoint with its own."
             )
+        self.nbytes = sum(extent.nbytes for extent in checkpoint.extents.values())
         self.biases = {name: f"{name}.{BIAS}" in checkpoint.specs for name in self.config.modules}

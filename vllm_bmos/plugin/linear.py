@@ -35,6 +35,7 @@ from vllm_bmos.checkpoint.format import (
 from vllm_bmos.kernels import Kernel, LinearConfig, LinearTensors, choose_kernel
 from vllm_bmos.output_norm import output_layer_norm
 from vllm_bmos.plugin.loader import LayerLoader, Slice
+from vllm_bmos.plugin.state import SavedLayout
 
 
 class BinaryMosLinearMethod(LinearMethodBase):
@@ -56,6 +57,7 @@ class BinaryMosLinearMethod(LinearMethodBase):
         self.loader: LayerLoader
         self.layer_config: LinearConfig
         self.kernel: Kernel
+        self.layout: SavedLayout
         self.reduce_logits = False
 
     def create_weights(
@@ -98,13 +100,22 @@ class BinaryMosLinearMethod(LinearMethodBase):
         self.kernel = choose_kernel(self.layer_config)
 
         N, S = sum(output_partition_sizes), len(output_partition_sizes)
-        for name, shape, dtype in (
-            (WEIGHT, (N, packed_width(K)), torch.uint8),
-            (IN_SCALE, (S, E, K), scale_dtype),
-            (OUT_SCALE, (E, N), scale_dtype),
-            (ROUTER, (S, E, K), scale_dtype),
+        tensors = LinearTensors(
+            weight=torch.empty((N, packed_width(K)), dtype=torch.uint8),
+            in_channel_scale=torch.empty((S, E, K), dtype=scale_dtype),
+            out_channel_scale=torch.empty((E, N), dtype=scale_dtype),
+            router_weight=torch.empty((S, E, K), dtype=scale_dtype),
+        )
+        self.layout = SavedLayout(layer, self.kernel, self.names[0])
+        if self.layout.is_loaded:
+            tensors = self.kernel.prepare(tensors, self.layer_config)
+        for name, tensor in (
+            (WEIGHT, tensors.weight),
+            (IN_SCALE, tensors.in_channel_scale),
+            (OUT_SCALE, tensors.out_channel_scale),
+            (ROUTER, tensors.router_weight),
         ):
-            parameter = torch.nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
+            parameter = torch.nn.Parameter(tensor, requires_grad=False)
             parameter.bmos_suffix = name  # type: ignore[attr-defined]
             parameter.weight_loader = self.loader.weight_loader  # type: ignore[attr-defined]
             layer.register_parameter(name, parameter)
@@ -115,6 +126,9 @@ class BinaryMosLinearMethod(LinearMethodBase):
         Raises:
             FormatError: naming a tensor that is missing, or a bias that does not fit the model.
         """
+        if self.layout.is_loaded:
+            self.layout.check()
+            return
         if self.biases is not None:  # else no checkpoint was read: load_format dummy, say
             self.loader.check_complete()
             self._check_bias(layer)

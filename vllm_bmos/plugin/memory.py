@@ -1,4 +1,6 @@
-"""How much a served model holds: to show that no unpacked copy of the weights is kept."""
+"""How much memory a model takes, and whether this machine has it."""
+
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -17,3 +19,46 @@ def quantized_bytes(model: nn.Module) -> int:
                 if isinstance(value, torch.Tensor):
                     found[value.data_ptr()] = value.nbytes
     return sum(found.values())
+
+
+def check_memory(nbytes: int, ranks: int, available: int | None) -> None:
+    """Refuse a model that cannot fit before the system kills the process without a word.
+
+    Args:
+        nbytes: bytes of all of the checkpoint's tensors.
+        ranks: over how many ranks they are split.
+        available: bytes that this process can still get; None if that is not known.
+
+    Raises:
+        ValueError: saying how much is needed and how much there is.
+    """
+    share = nbytes // ranks
+    if available is None or share <= available:
+        return
+    raise ValueError(
+        f"The weights take {share / 1e9:.3g} GB on this rank, besides the KV cache "
+        f"(VLLM_CPU_KVCACHE_SPACE) and vLLM itself, and {available / 1e9:.3g} GB of memory are "
+        "available. Free some, or serve on a larger machine or on several (--tensor-parallel-size, "
+        "--pipeline-parallel-size)."
+    )
+
+
+def available_bytes(root: Path = Path("/")) -> int | None:
+    """Memory that the system or this container still has (Linux); None if it does not say.
+
+    Args:
+        root: where proc and sys are found.
+    """
+    found = []
+    meminfo = root / "proc/meminfo"
+    if meminfo.exists():
+        fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+        if "MemAvailable" in fields:
+            found.append(int(fields["MemAvailable"].split()[0]) * 1024)
+    group = root / "sys/fs/cgroup"
+    limit, stat = group / "memory.max", group / "memory.stat"
+    if limit.exists() and stat.exists() and limit.read_text().strip() != "max":
+        # Page cache is given back under pressure; anonymous memory is not.
+        counts = dict(line.split() for line in stat.read_text().splitlines())
+        found.append(int(limit.read_text()) - int(counts["anon"]))
+    return min(found, default=None)

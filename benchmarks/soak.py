@@ -1,0 +1,271 @@
+"""Does a server of a BinaryMoS model stay correct and within its memory under hours of load?
+
+    python benchmarks/soak.py --minutes 30 --json FILE
+
+Serves a tiny random model with two LoRA adapters, asks everything once while it is idle, and then
+lets clients ask the same at random: as many at once as the server has slots for half of the time,
+three times as many for the other half. Every answer must be the idle server's. In the end
+the server is asked everything once more, and gets SIGTERM in the middle of requests.
+"""
+
+import asyncio
+import json
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import torch
+from harness import (
+    REPOSITORY,
+    common_parser,
+    logger,
+    machine_facts,
+    positive_int,
+    print_facts,
+    resident_bytes,
+    start,
+    write_json,
+)
+from make_model import SHAPES, make_bmos_model
+from safetensors.torch import save_file
+from traffic import (
+    ADAPTERS,
+    MODEL,
+    TIMEOUT_SECONDS,
+    Job,
+    Tally,
+    answer,
+    idle_answers,
+    load,
+    make_jobs,
+)
+
+sys.path.append(str(REPOSITORY))  # examples/ is not installed
+from vllm_bench import session_pids
+
+from examples.server import Server
+
+SAMPLE_SECONDS = 5.0
+WARM_UP = 0.25  # of the run, in which caches fill
+STOP_SECONDS = 60
+RANK = 8
+TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }} {% endfor %}"
+
+
+def main() -> int:
+    """Run the command line; the exit status is 1 if the server failed."""
+    parser = common_parser(__doc__.splitlines()[0], "soak.json")
+    parser.add_argument("--minutes", type=float, default=30.0, help="duration of the load")
+    parser.add_argument("--slots", type=positive_int, default=8, help="--max-num-seqs")
+    parser.add_argument("--tokens", type=positive_int, default=16, help="length of an answer")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    start(args.threads)
+    args.json.parent.mkdir(parents=True, exist_ok=True)
+    machine = machine_facts(args.threads)
+    print_facts(machine)
+    result: dict[str, Any] = {"machine": machine, "minutes": args.minutes, "slots": args.slots}
+    with tempfile.TemporaryDirectory(prefix="soak-") as work:
+        log = args.json.with_suffix(".log")
+        result |= soak(Path(work), log, args.minutes * 60, args.slots, args.tokens, args.seed)
+    result["failures"] = failures(result)
+    write_json(args.json, result)
+    for failure in result["failures"]:
+        logger.error("FAILED: %s", failure)
+    return 1 if result["failures"] else 0
+
+
+def soak(
+    work: Path, log: Path, seconds: float, slots: int, tokens: int, seed: int
+) -> dict[str, Any]:
+    """Serve, load, check and stop; the result without the machine."""
+    model = work / "model"
+    make_bmos_model(model, SHAPES["tiny"], E=4, seed=seed)
+    (model / "chat_template.jinja").write_text(TEMPLATE)
+    adapters = [f"{name}={make_adapter(model, work / name)}" for name in ADAPTERS]
+    temporary = work / "tmp"
+    temporary.mkdir()
+    options = ["--served-model-name", MODEL, "--dtype", "float32", "--enforce-eager"]
+    options += ["--max-model-len", "512", "--max-num-seqs", str(slots)]
+    # On a CPU vLLM gives requests without an adapter the last slot's: it must stay free.
+    options += ["--enable-lora", "--max-loras", str(len(ADAPTERS) + 1)]
+    options += ["--max-lora-rank", str(RANK), "--lora-modules", *adapters]
+    env = {"VLLM_CPU_KVCACHE_SPACE": "1", "TMPDIR": str(temporary)}
+    jobs = make_jobs(tokens, seed)
+    result: dict[str, Any] = {}
+    with Server(model, options, log, env=env) as server:
+        assert server.process is not None
+        expected = asyncio.run(idle_answers(server.url, jobs))
+        with Watch(server.process.pid) as watch:
+            for name, clients in (("saturated", slots), ("overloaded", 3 * slots)):
+                logger.info("%s: %d clients for %.0f s", name, clients, seconds / 2)
+                tally = asyncio.run(load(server.url, jobs, expected, clients, seconds / 2, seed))
+                result[name] = {"clients": clients, **summary(tally, seconds / 2)}
+        result["memory"] = watch.summary()
+        result["idle_again_wrong"] = sum(
+            one != other
+            for one, other in zip(
+                asyncio.run(idle_answers(server.url, jobs)), expected, strict=True
+            )
+        )
+        result["shutdown"] = stop_in_the_middle(server, tokens)
+    result["shutdown"]["files_left"] = sorted(path.name for path in temporary.iterdir())
+    return result
+
+
+def make_adapter(model: Path, path: Path) -> Path:
+    """A random LoRA adapter on every projection, in PEFT's layout."""
+    path.mkdir()
+    shape = SHAPES["tiny"]
+    generator = torch.Generator().manual_seed(len(path.name) + ord(path.name[0]))
+    tensors = {}
+    for layer in range(shape.num_hidden_layers):
+        for name, (N, K) in shape.linears.items():
+            prefix = f"base_model.model.model.layers.{layer}.{name}"
+            A = torch.randn(RANK, K, generator=generator) * K**-0.5
+            B = torch.randn(N, RANK, generator=generator) * RANK**-0.5
+            tensors[f"{prefix}.lora_A.weight"], tensors[f"{prefix}.lora_B.weight"] = A, B
+    save_file(tensors, path / "adapter_model.safetensors")
+    targets = sorted(name.rpartition(".")[2] for name in shape.linears)
+    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": RANK, "target_modules": targets}
+    (path / "adapter_config.json").write_text(json.dumps(config))
+    return path
+
+
+@dataclass
+class Watch:
+    """Samples memory, open files and processes of a session from a thread of its own."""
+
+    leader: int
+    samples: list[dict[str, float]] = field(default_factory=list)
+
+    def __enter__(self) -> "Watch":
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        begin = time.monotonic()
+        while not self._done.wait(SAMPLE_SECONDS):
+            pids = session_pids(self.leader)
+            try:
+                sample = {
+                    "seconds": round(time.monotonic() - begin, 1),
+                    "resident_bytes": resident_bytes(pids),
+                    "open_files": sum(len(list(Path(f"/proc/{p}/fd").iterdir())) for p in pids),
+                    "processes": len(pids),
+                }
+            except (FileNotFoundError, ProcessLookupError):
+                continue  # a process ended while it was looked at
+            self.samples.append(sample)
+
+    def summary(self) -> dict[str, Any]:
+        """Medians of the first and last quarters of the samples after the warm-up."""
+        warm = self.samples[int(len(self.samples) * WARM_UP) :]
+        quarter = max(1, len(warm) // 4)
+        result: dict[str, Any] = {"samples": len(self.samples)}
+        for name in ("resident_bytes", "open_files", "processes"):
+            first, last = (
+                statistics.median(sample[name] for sample in part)
+                for part in (warm[:quarter], warm[-quarter:])
+            )
+            result[name] = {"first": first, "last": last, "drift": round(last / first - 1, 4)}
+        return result
+
+
+def summary(tally: Tally, seconds: float) -> dict[str, Any]:
+    """Counts and percentiles of one phase."""
+    requests = sum(tally.counts.values())
+    return {
+        "requests": dict(tally.counts),
+        "requests_per_s": round(requests / seconds, 2),
+        "wrong": len(tally.wrong),
+        "wrong_examples": tally.wrong[:5],
+        "first_piece_ms": percentiles(tally.first),
+        "latency_ms": {kind: percentiles(times) for kind, times in sorted(tally.seconds.items())},
+    }
+
+
+def percentiles(seconds: Sequence[float]) -> dict[str, float]:
+    """p50, p90 and p99 in milliseconds."""
+    ordered = sorted(seconds)
+    ranks = {f"p{p}": ordered[min(len(ordered) - 1, len(ordered) * p // 100)] for p in (50, 90, 99)}
+    return {name: round(1e3 * value, 1) for name, value in ranks.items()}
+
+
+def stop_in_the_middle(server: Server, tokens: int) -> dict[str, Any]:
+    """SIGTERM while requests run: how long it takes, and what it leaves."""
+    process = server.process
+    assert process is not None
+    body = {"model": MODEL, "prompt": "go on", "max_tokens": 16 * tokens, "ignore_eos": True}
+    job = Job("long", "completions", body)
+    ends: list[str] = []
+
+    async def ask() -> None:
+        async def one(client: httpx.AsyncClient) -> None:
+            try:
+                ends.append("answered" if await answer(client, job) else "empty")
+            except httpx.HTTPError as error:
+                ends.append(type(error).__name__)
+
+        async with httpx.AsyncClient(base_url=server.url, timeout=TIMEOUT_SECONDS) as client:
+            await asyncio.gather(*(one(client) for _ in range(8)))
+
+    asking = threading.Thread(target=lambda: asyncio.run(ask()))
+    asking.start()
+    time.sleep(1)
+    pids = session_pids(process.pid)
+    begin = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    try:
+        code: int | None = process.wait(STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        code = None
+    seconds = round(time.monotonic() - begin, 1)
+    asking.join(TIMEOUT_SECONDS)
+    left = [pid for pid in session_pids(process.pid) if pid in pids]
+    return {"seconds": seconds, "code": code, "requests": ends, "processes_left": len(left)}
+
+
+def failures(result: dict[str, Any]) -> list[str]:
+    """What is not as it must be, in words."""
+    found = []
+    for phase in ("saturated", "overloaded"):
+        if result[phase]["wrong"]:
+            found.append(f"{phase}: {result[phase]['wrong']} wrong answers")
+    if result["idle_again_wrong"]:
+        found.append(f"{result['idle_again_wrong']} wrong answers after the load")
+    memory = result["memory"]
+    if memory["resident_bytes"]["drift"] > 0.02:
+        found.append(f"resident memory grew by {memory['resident_bytes']['drift']:.1%}")
+    for name in ("open_files", "processes"):
+        if memory[name]["last"] > memory[name]["first"] + 3:
+            found.append(f"{name} grew from {memory[name]['first']} to {memory[name]['last']}")
+    shutdown = result["shutdown"]
+    if shutdown["code"] is None:
+        found.append(f"the server ran {STOP_SECONDS} s after SIGTERM")
+    if shutdown["processes_left"] or shutdown["files_left"]:
+        found.append(
+            f"left behind: {shutdown['processes_left']} processes, {shutdown['files_left']}"
+        )
+    if len(shutdown["requests"]) != 8:
+        found.append("a request was neither answered nor ended at the shutdown")
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,3 @@
+"""Plugins of every test."""
+
+pytest_plugins = ["tests.features"]

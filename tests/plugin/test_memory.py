@@ -1,0 +1,50 @@
+"""A model that cannot fit is refused with numbers, before anything is allocated."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.engine.compare import vllm_answers
+from tests.tiny import make_packed
+from vllm_bmos.plugin import config
+from vllm_bmos.plugin.memory import available_bytes, check_memory
+
+
+def test_a_model_that_is_too_large_is_refused_with_both_numbers() -> None:
+    with pytest.raises(ValueError, match=r"weights take 3 GB on this rank.* 2\.5 GB of memory are"):
+        check_memory(6 * 10**9, ranks=2, available=25 * 10**8)
+    check_memory(6 * 10**9, ranks=3, available=25 * 10**8)
+    check_memory(6 * 10**9, ranks=1, available=None)
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"), [(None, 8192 * 1024), ("max", 8192 * 1024), ("5000000", 4000000)]
+)
+def test_a_container_has_what_its_limit_leaves(
+    limit: str | None, expected: int, tmp_path: Path
+) -> None:
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 9999 kB\nMemAvailable: 8192 kB\n")
+    if limit is not None:
+        group = tmp_path / "sys/fs/cgroup"
+        group.mkdir(parents=True)
+        (group / "memory.max").write_text(f"{limit}\n")
+        (group / "memory.stat").write_text("anon 1000000\nfile 3000000\n")
+    assert available_bytes(tmp_path) == expected
+
+
+def test_an_unknown_system_says_nothing(tmp_path: Path) -> None:
+    assert available_bytes(tmp_path) is None
+
+
+@pytest.mark.slow
+@pytest.mark.feature(
+    "Faults",
+    "a model larger than the memory that is available (CPU)",
+    against="refused at load, with what is needed and what there is",
+)
+def test_the_engine_refuses_it_at_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = make_packed("llama", tmp_path)
+    monkeypatch.setattr(config, "available_bytes", lambda: 1000)
+    with pytest.raises(ValueError, match=r"The weights take .* GB on this rank"):
+        vllm_answers(path, "float32", max_model_len=64)

@@ -1,0 +1,177 @@
+"""A server whose parts are killed, stopped or damaged: every fault has a bounded outcome."""
+
+import os
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from openai import APIError, OpenAI
+
+from examples.server import Server, ServerError
+from tests.tiny import add_tokenizer, make_packed
+
+pytestmark = pytest.mark.slow
+
+OPTIONS = ["--served-model-name", "tiny", "--max-model-len", "256", "--dtype", "float32"]
+EAGER = [*OPTIONS, "--enforce-eager"]
+BOUND_SECONDS = 120
+TWO_RANKS = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = make_packed("llama", tmp_path_factory.mktemp("packed"))
+    add_tokenizer(path)
+    return path
+
+
+def ask(server: Server, tokens: int = 16) -> str:
+    client = OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=300)
+    answer = client.completions.create(
+        model="tiny",
+        prompt="one two",
+        max_tokens=tokens,
+        temperature=0,
+        extra_body={"ignore_eos": True},
+    )
+    return answer.choices[0].text
+
+
+def session(server: Server) -> dict[int, str]:
+    """The names of the server's processes."""
+    assert server.process is not None
+    found = {}
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and os.getsid(int(entry.name)) == server.process.pid:
+                found[int(entry.name)] = (entry / "cmdline").read_bytes().decode()
+        except (ProcessLookupError, FileNotFoundError):
+            continue
+    return found
+
+
+def pid_of(server: Server, name: str) -> int:
+    (pid,) = [pid for pid, command in session(server).items() if name in command]
+    return pid
+
+
+def ends(server: Server) -> int:
+    """The server's exit code; fails if it does not end."""
+    assert server.process is not None
+    return server.process.wait(BOUND_SECONDS)
+
+
+@pytest.mark.feature(
+    "Faults",
+    "engine process killed in the middle of a request",
+    against="the request fails, the server ends, no process is left",
+)
+def test_a_killed_engine_ends_the_server(packed: Path, tmp_path: Path) -> None:
+    with Server(packed, EAGER, tmp_path / "log") as server:
+        assert ask(server)
+        killer = threading.Timer(0.3, os.kill, (pid_of(server, "EngineCore"), signal.SIGKILL))
+        killer.start()
+        with pytest.raises(APIError):
+            while True:
+                ask(server, tokens=200)
+        ends(server)
+        assert not session(server)
+
+
+@pytest.mark.feature(
+    "Faults",
+    "a tensor-parallel rank stopped (SIGSTOP)",
+    against="requests fail after VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS, and the server ends",
+)
+def test_a_stopped_rank_does_not_hang_for_ever(packed: Path, tmp_path: Path) -> None:
+    env = TWO_RANKS | {"VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS": "10"}
+    options = [*EAGER, "--tensor-parallel-size", "2"]
+    with Server(packed, options, tmp_path / "log", env=env) as server:
+        assert ask(server)
+        os.kill(pid_of(server, "Worker_TP1"), signal.SIGSTOP)
+        begin = time.monotonic()
+        with pytest.raises(APIError):
+            ask(server)
+        assert time.monotonic() - begin < BOUND_SECONDS
+        ends(server)
+
+
+@pytest.mark.feature(
+    "Faults",
+    "SIGTERM in the middle of requests",
+    against="the server ends within seconds, no process is left",
+)
+def test_sigterm_in_the_middle_of_requests(packed: Path, tmp_path: Path) -> None:
+    with Server(packed, EAGER, tmp_path / "log") as server:
+        assert ask(server)
+        ended = []
+
+        def one() -> None:
+            try:
+                ask(server, tokens=200)
+            except APIError:
+                pass
+            ended.append(True)
+
+        threads = [threading.Thread(target=one) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        time.sleep(0.3)
+        assert server.process is not None
+        server.process.send_signal(signal.SIGTERM)
+        ends(server)
+        for thread in threads:
+            thread.join(BOUND_SECONDS)
+        assert len(ended) == 4
+        assert not session(server)
+
+
+@pytest.mark.feature(
+    "Faults",
+    "checkpoint file truncated under a running server",
+    against="it goes on answering rightly; a new start is refused, naming the file",
+)
+def test_a_truncated_checkpoint_matters_at_the_next_start(packed: Path, tmp_path: Path) -> None:
+    path = tmp_path / "served"
+    shutil.copytree(packed, path)
+    file = path / "model.safetensors"
+    with Server(path, EAGER, tmp_path / "log") as server:
+        before = ask(server)
+        os.truncate(file, file.stat().st_size // 2)
+        assert ask(server) == before
+    with pytest.raises(ServerError, match=r"model\.safetensors.*truncated"):
+        with Server(path, EAGER, tmp_path / "log"):
+            pass
+
+
+@pytest.fixture
+def full_disk(tmp_path: Path) -> Iterator[Path]:
+    path = tmp_path / "full"
+    path.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(path)]
+    if subprocess.run(mount, capture_output=True).returncode != 0:
+        pytest.skip("mounting a small file system needs root")
+    yield path
+    subprocess.run(["umount", "-l", str(path)], check=True)
+
+
+@pytest.mark.feature(
+    "Faults",
+    "disk full in the compile cache",
+    against="the start fails with `No space left on device`, or the server answers rightly",
+)
+def test_a_full_compile_cache(packed: Path, tmp_path: Path, full_disk: Path) -> None:
+    env = {"VLLM_CACHE_ROOT": str(full_disk), "TORCHINDUCTOR_CACHE_DIR": str(full_disk / "i")}
+    try:
+        with Server(packed, OPTIONS, tmp_path / "log", env=env) as server:
+            found = ask(server)
+    except ServerError:
+        assert "No space left on device" in (tmp_path / "log").read_text()
+        return
+    with Server(packed, EAGER, tmp_path / "log") as server:
+        assert found == ask(server)

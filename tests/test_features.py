@@ -1,0 +1,44 @@
+"""docs/FEATURES.md says what the tests did, and every marked test is in it."""
+
+import ast
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.features import RESULTS, TABLE, row_line, table
+
+TESTS = Path(__file__).parent
+
+
+def marked_tests() -> set[str]:
+    found = set()
+    for path in TESTS.rglob("test_*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
+                if any("mark.feature(" in ast.unparse(d) for d in node.decorator_list):
+                    found.add(f"{path.relative_to(TESTS.parent)}::{node.name}")
+    return found
+
+
+def test_features_are_up_to_date() -> None:
+    results = json.loads(RESULTS.read_text())
+    assert table(results) == TABLE.read_text(), "run python -m tests.features"
+    assert {test.partition("[")[0] for test in results["tests"]} == marked_tests()
+
+
+@pytest.mark.parametrize(
+    ("entries", "said"),
+    [
+        ([{"outcome": "passed", "against": "X"}], "| r | X | works |"),
+        ([{"outcome": "passed"}, {"outcome": "failed"}], "**FAILS**"),
+        ([{"outcome": "passed", "limit": "dense too"}], "| dense too | vLLM's limit |"),
+        ([{"outcome": "skipped", "reason": "Skipped: no rights"}], "not run: no rights"),
+        ([{"outcome": "failed", "limit": "dense too"}], "**FAILS**"),
+    ],
+)
+def test_a_row_is_as_good_as_its_worst_test(entries: list[dict[str, str]], said: str) -> None:
+    tests = [(f"tests/test_a.py::test_b[{i}]", entry) for i, entry in enumerate(entries)]
+    line = row_line("r", tests)
+    assert said in line
+    assert line.endswith("| [test_b](../tests/test_a.py) |")

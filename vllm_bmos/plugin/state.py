@@ -1,0 +1,57 @@
+"""vLLM's sharded state: each rank's tensors as they are in memory, saved and loaded as such.
+
+They are in the layout of the kernel that prepared them, so that layers are allocated in that
+layout, and the kernel's name travels with them: another kernel would read them as garbage.
+"""
+
+from typing import Any
+
+import torch
+from vllm.config import get_current_vllm_config_or_none
+
+from vllm_bmos.kernels import KERNEL_ENV, Kernel
+
+STATE_FORMATS = {"sharded_state", "runai_streamer_sharded"}
+LAYOUT = "bmos_layout"
+LAYOUT_BYTES = 32
+
+
+class SavedLayout:
+    """The name of a layer's kernel as a tensor of the layer's state dict, and of nothing else.
+
+    A buffer would have to come from every checkpoint that vLLM reloads.
+
+    Args:
+        layer: the layer whose state dict gets the tensor.
+        kernel: the kernel that prepares the layer here.
+        name: checkpoint name of the layer, for errors.
+
+    Attributes:
+        is_loaded: whether vLLM is about to load a sharded state, and this tensor with it.
+    """
+
+    def __init__(self, layer: torch.nn.Module, kernel: Kernel, name: str) -> None:
+        self.name = name
+        self.kernel = kernel
+        config = get_current_vllm_config_or_none()
+        self.is_loaded = config is not None and config.load_config.load_format in STATE_FORMATS
+        text = kernel.name.encode().ljust(LAYOUT_BYTES, b"\0")
+        self.expected = torch.tensor(list(text), dtype=torch.uint8)
+        # vLLM copies what it loads into the tensors of the state dict.
+        self.tensor = torch.zeros_like(self.expected) if self.is_loaded else self.expected
+
+        def add(_module: torch.nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+            state[prefix + LAYOUT] = self.tensor
+
+        layer.register_state_dict_post_hook(add)
+
+    def check(self) -> None:
+        """Raise ValueError unless the loaded state was prepared for the same kernel."""
+        if torch.equal(self.tensor, self.expected):
+            return
+        found = bytes(self.tensor.tolist()).rstrip(b"\0").decode(errors="replace")
+        raise ValueError(
+            f"{self.name}: this sharded state was saved by kernel {found!r}, and kernel "
+            f"{self.kernel.name!r} is to run here. Set {KERNEL_ENV}={found}, or save the state "
+            "again on such a machine."
+        )
