@@ -17,7 +17,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,7 @@ from examples.server import Server
 
 SAMPLE_SECONDS = 5.0
 WARM_UP = 0.25  # of the run, in which caches fill
+MAX_DRIFT = 0.02
 STOP_SECONDS = 60
 RANK = 8
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }} {% endfor %}"
@@ -105,20 +106,17 @@ def soak(
     with Server(model, options, log, env=env) as server:
         assert server.process is not None
         expected = asyncio.run(idle_answers(server.url, jobs))
+        result["idle_before"] = open_things(server.process.pid, temporary)
         with Watch(server.process.pid) as watch:
             for name, clients in (("saturated", slots), ("overloaded", 3 * slots)):
                 logger.info("%s: %d clients for %.0f s", name, clients, seconds / 2)
                 tally = asyncio.run(load(server.url, jobs, expected, clients, seconds / 2, seed))
                 result[name] = {"clients": clients, **summary(tally, seconds / 2)}
         result["memory"] = watch.summary()
-        result["idle_again_wrong"] = sum(
-            one != other
-            for one, other in zip(
-                asyncio.run(idle_answers(server.url, jobs)), expected, strict=True
-            )
-        )
+        again = asyncio.run(idle_answers(server.url, jobs))
+        result["idle_again_wrong"] = sum(a != b for a, b in zip(again, expected, strict=True))
+        result["idle_after"] = open_things(server.process.pid, temporary)
         result["shutdown"] = stop_in_the_middle(server, tokens)
-    result["shutdown"]["files_left"] = sorted(path.name for path in temporary.iterdir())
     return result
 
 
@@ -141,12 +139,22 @@ def make_adapter(model: Path, path: Path) -> Path:
     return path
 
 
+def open_things(leader: int, temporary: Path) -> dict[str, int]:
+    """Processes of the server's session, their open files, and files in its temporary folder."""
+    pids = session_pids(leader)
+    return {
+        "processes": len(pids),
+        "open_files": sum(len(list(Path(f"/proc/{pid}/fd").iterdir())) for pid in pids),
+        "temporary_files": sum(1 for path in temporary.rglob("*") if not path.is_dir()),
+    }
+
+
 @dataclass
 class Watch:
-    """Samples memory, open files and processes of a session from a thread of its own."""
+    """Samples the resident memory of a session from a thread of its own."""
 
     leader: int
-    samples: list[dict[str, float]] = field(default_factory=list)
+    samples: list[int] = field(default_factory=list)
 
     def __enter__(self) -> "Watch":
         self._done = threading.Event()
@@ -159,32 +167,23 @@ class Watch:
         self._thread.join()
 
     def _run(self) -> None:
-        begin = time.monotonic()
         while not self._done.wait(SAMPLE_SECONDS):
-            pids = session_pids(self.leader)
             try:
-                sample = {
-                    "seconds": round(time.monotonic() - begin, 1),
-                    "resident_bytes": resident_bytes(pids),
-                    "open_files": sum(len(list(Path(f"/proc/{p}/fd").iterdir())) for p in pids),
-                    "processes": len(pids),
-                }
+                self.samples.append(resident_bytes(session_pids(self.leader)))
             except (FileNotFoundError, ProcessLookupError):
                 continue  # a process ended while it was looked at
-            self.samples.append(sample)
 
     def summary(self) -> dict[str, Any]:
         """Medians of the first and last quarters of the samples after the warm-up."""
         warm = self.samples[int(len(self.samples) * WARM_UP) :]
         quarter = max(1, len(warm) // 4)
-        result: dict[str, Any] = {"samples": len(self.samples)}
-        for name in ("resident_bytes", "open_files", "processes"):
-            first, last = (
-                statistics.median(sample[name] for sample in part)
-                for part in (warm[:quarter], warm[-quarter:])
-            )
-            result[name] = {"first": first, "last": last, "drift": round(last / first - 1, 4)}
-        return result
+        first, last = statistics.median(warm[:quarter]), statistics.median(warm[-quarter:])
+        return {
+            "samples": len(self.samples),
+            "first_quarter_bytes": first,
+            "last_quarter_bytes": last,
+            "drift": round(last / first - 1, 4),
+        }
 
 
 def summary(tally: Tally, seconds: float) -> dict[str, Any]:
@@ -227,7 +226,7 @@ def stop_in_the_middle(server: Server, tokens: int) -> dict[str, Any]:
 
     asking = threading.Thread(target=lambda: asyncio.run(ask()))
     asking.start()
-    time.sleep(1)
+    wait_until(lambda: running_requests(server.url) > 0)
     pids = session_pids(process.pid)
     begin = time.monotonic()
     process.send_signal(signal.SIGTERM)
@@ -237,8 +236,26 @@ def stop_in_the_middle(server: Server, tokens: int) -> dict[str, Any]:
         code = None
     seconds = round(time.monotonic() - begin, 1)
     asking.join(TIMEOUT_SECONDS)
-    left = [pid for pid in session_pids(process.pid) if pid in pids]
-    return {"seconds": seconds, "code": code, "requests": ends, "processes_left": len(left)}
+    # The trackers of shared memory end when they see that their parents are gone.
+    gone = wait_until(lambda: not set(pids) & set(session_pids(process.pid)))
+    return {"seconds": seconds, "code": code, "requests": ends, "processes_left": not gone}
+
+
+def running_requests(url: str) -> float:
+    """How many requests the server works on now."""
+    lines = httpx.get(f"{url}/metrics", timeout=TIMEOUT_SECONDS).text.splitlines()
+    counts = [line for line in lines if line.startswith("vllm:num_requests_running")]
+    return sum(float(line.split()[-1]) for line in counts)
+
+
+def wait_until(condition: Callable[[], bool]) -> bool:
+    """Whether a condition comes true within STOP_SECONDS."""
+    end = time.monotonic() + STOP_SECONDS
+    while not condition():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.1)
+    return True
 
 
 def failures(result: dict[str, Any]) -> list[str]:
@@ -249,19 +266,17 @@ def failures(result: dict[str, Any]) -> list[str]:
             found.append(f"{phase}: {result[phase]['wrong']} wrong answers")
     if result["idle_again_wrong"]:
         found.append(f"{result['idle_again_wrong']} wrong answers after the load")
-    memory = result["memory"]
-    if memory["resident_bytes"]["drift"] > 0.02:
-        found.append(f"resident memory grew by {memory['resident_bytes']['drift']:.1%}")
-    for name in ("open_files", "processes"):
-        if memory[name]["last"] > memory[name]["first"] + 3:
-            found.append(f"{name} grew from {memory[name]['first']} to {memory[name]['last']}")
+    if result["memory"]["drift"] > MAX_DRIFT:
+        found.append(f"resident memory grew by {result['memory']['drift']:.1%}")
+    for name, before in result["idle_before"].items():
+        after = result["idle_after"][name]
+        if after > before:
+            found.append(f"{name} of the idle server: {before} before the load, {after} after it")
     shutdown = result["shutdown"]
-    if shutdown["code"] is None:
-        found.append(f"the server ran {STOP_SECONDS} s after SIGTERM")
-    if shutdown["processes_left"] or shutdown["files_left"]:
-        found.append(
-            f"left behind: {shutdown['processes_left']} processes, {shutdown['files_left']}"
-        )
+    if shutdown["code"] != 0:
+        found.append(f"exit code {shutdown['code']} after SIGTERM (None: it ran on)")
+    if shutdown["processes_left"]:
+        found.append("processes were left behind")
     if len(shutdown["requests"]) != 8:
         found.append("a request was neither answered nor ended at the shutdown")
     return found
