@@ -57,6 +57,7 @@ from examples.server import Server
 SAMPLE_SECONDS = 5.0
 WARM_UP = 0.25  # of the run, in which caches fill
 MAX_DRIFT = 0.02
+MAX_NEW = 5  # files that are opened once, late; a leak shows in thousands of requests
 STOP_SECONDS = 60
 RANK = 8
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }} {% endfor %}"
@@ -270,7 +271,7 @@ def failures(result: dict[str, Any]) -> list[str]:
         found.append(f"resident memory grew by {result['memory']['drift']:.1%}")
     for name, before in result["idle_before"].items():
         after = result["idle_after"][name]
-        if after > before:
+        if after > before + MAX_NEW:
             found.append(f"{name} of the idle server: {before} before the load, {after} after it")
     shutdown = result["shutdown"]
     if shutdown["code"] != 0:

@@ -2,7 +2,9 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +22,6 @@ from tests.engine.compare import (
     vllm_answers,
 )
 from tests.tiny import make_packed, random_model
-from vllm_bmos.checkpoint import FormatError
 
 pytestmark = pytest.mark.slow
 
@@ -102,18 +103,6 @@ def test_sharded_state_comes_back(tmp_path: Path) -> None:
     assert_same(found, reference_answers(packed, torch.float32), tolerance=2e-3)
 
 
-def test_sharded_state_of_another_kernel_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    packed, state = make_packed("llama-tied", tmp_path / "packed"), tmp_path / "state"
-    state.mkdir()
-    monkeypatch.setenv("VLLM_BMOS_KERNEL", "reference")
-    save_state(packed, state)
-    monkeypatch.setenv("VLLM_BMOS_KERNEL", "dequant")
-    with pytest.raises(ValueError, match="VLLM_BMOS_KERNEL=reference"):
-        vllm_answers(state, "float32", load_format="sharded_state")
-
-
 @pytest.mark.feature(
     "Loading",
     "sharded state of a model with an untied lm_head",
@@ -160,7 +149,7 @@ def test_reload_serves_the_swapped_checkpoint(packed: Path, tmp_path: Path) -> N
 @pytest.mark.feature(
     "Faults",
     "checkpoint truncated, or swapped for one that does not fit, then `reload_weights`",
-    against="the reload fails with an error; no answer is given before a reload that succeeds",
+    against="the reload fails with an error, and nothing wrong is answered after it",
 )
 @pytest.mark.parametrize("fault", ["truncated", "other experts", "missing shard"])
 def test_a_failed_reload_gives_no_wrong_answer(
@@ -183,11 +172,19 @@ def test_a_failed_reload_gives_no_wrong_answer(
             del tensors["model.layers.1.self_attn.k_proj.weight_packed"]
             file.unlink()
             save_file(tensors, file, metadata={"format": "pt"})
-        with pytest.raises(Exception, match=r"model\.layers|afetensor|FormatError") as error:
-            llm.collective_rpc("reload_weights")
-        assert isinstance(error.value, FormatError) or "SafetensorError" in repr(error.value)
+        said = failure(lambda: llm.collective_rpc("reload_weights"))
+        assert said.startswith(("FormatError", "SafetensorError")), said
         try:
             found = generate(llm, PROMPTS)
         except Exception:
             found = expected  # an engine that answers no more gives no wrong answer
         assert_same(found, expected, tolerance=2e-3)
+
+
+def failure(call: Callable[[], Any]) -> str:
+    """The repr of what a call raises. The exception itself would keep the engine alive."""
+    try:
+        call()
+    except Exception as error:
+        return repr(error)
+    raise AssertionError("no error")

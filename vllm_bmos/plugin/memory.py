@@ -17,7 +17,7 @@ def quantized_bytes(model: nn.Module) -> int:
         for holder in (layer._parameters, layer._buffers, vars(layer)):
             for value in holder.values():
                 if isinstance(value, torch.Tensor):
-                    found[value.data_ptr()] = value.nbytes
+                    found[value.data_ptr()] = value.nbytes  # a kernel's layers may share storage
     return sum(found.values())
 
 

@@ -1,0 +1,43 @@
+"""A sharded state carries the name of the kernel that prepared it."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from vllm_bmos.kernels import kernels
+from vllm_bmos.plugin import state
+from vllm_bmos.plugin.state import LAYOUT, SavedLayout
+
+
+def layer_of(kernel: str) -> tuple[torch.nn.Module, SavedLayout]:
+    layer = torch.nn.Linear(2, 2)
+    return layer, SavedLayout(layer, kernels()[kernel], "layers.0.o_proj")
+
+
+@pytest.fixture
+def loading(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = SimpleNamespace(load_config=SimpleNamespace(load_format="sharded_state"))
+    monkeypatch.setattr(state, "get_current_vllm_config_or_none", lambda: config)
+
+
+def test_a_layer_that_reads_a_checkpoint_saves_its_kernel() -> None:
+    layer, layout = layer_of("cpu")
+    assert not layout.is_loaded
+    assert bytes(layer.state_dict()[LAYOUT].tolist()).startswith(b"cpu\0")
+    assert LAYOUT not in dict(layer.named_buffers())
+
+
+@pytest.mark.parametrize("kernel", ["cpu", "reference"])
+def test_a_loaded_state_must_be_of_the_same_kernel(kernel: str, loading: None) -> None:
+    layer, layout = layer_of(kernel)
+    assert layout.is_loaded
+    with pytest.raises(ValueError, match=r"saved by kernel ''"):
+        layout.check()  # nothing was loaded
+    _, source = layer_of("cpu")
+    layer.state_dict()[LAYOUT].copy_(source.expected)
+    if kernel == "cpu":
+        layout.check()
+    else:
+        with pytest.raises(ValueError, match=r"layers.0.o_proj.*VLLM_BMOS_KERNEL=cpu"):
+            layout.check()
