@@ -5,12 +5,14 @@ A test says which row it proves, and which of vLLM's own limits it shows, if it 
     @pytest.mark.feature("Sampling", "beam search", against="transformers")
     @pytest.mark.feature("Loading", "sharded state", limit="a dense model fails in the same way")
 
-    pytest -m feature --features          # and note what came out in docs/features.json
+    pytest -m feature --features          # note what comes out in docs/features.json
+    pytest -m feature --features --collect-only    # only note which tests there are
     python -m tests.features              # rewrite docs/FEATURES.md
     python -m tests.features --check      # fail if it is not what the results say
 """
 
 import argparse
+import ast
 import json
 import platform
 import sys
@@ -68,7 +70,17 @@ class Recorder:
     """Collects the outcomes of marked tests and adds them to the results."""
 
     def __init__(self) -> None:
+        self.collected: dict[str, dict[str, Any]] = {}
         self.tests: dict[str, dict[str, Any]] = {}
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        """Note every marked test, so that one that never ran has a row, too."""
+        for item in session.items:
+            marker = item.get_closest_marker("feature")
+            if marker is not None:
+                section, row = marker.args
+                entry = {"section": section, "row": row, "outcome": "not run", **marker.kwargs}
+                self.collected[item.nodeid] = entry
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(
@@ -76,10 +88,8 @@ class Recorder:
     ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
         """Note the worst outcome of the test's set-up, call and tear-down."""
         report = yield
-        marker = item.get_closest_marker("feature")
-        if marker is not None:
-            section, row = marker.args
-            new = {"section": section, "row": row, "outcome": "passed", **marker.kwargs}
+        if item.nodeid in self.collected:
+            new = {**self.collected[item.nodeid], "outcome": "passed"}
             entry = self.tests.setdefault(item.nodeid, new)
             if report.skipped:
                 entry["outcome"] = "skipped"
@@ -90,11 +100,25 @@ class Recorder:
 
     def pytest_sessionfinish(self) -> None:
         """Replace the results of the tests that ran."""
-        before = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"tests": {}}
-        tests = dict(sorted((before["tests"] | self.tests).items()))
+        before = json.loads(RESULTS.read_text())["tests"] if RESULTS.exists() else {}
+        exist = marked_tests()
+        old = {test: e for test, e in before.items() if test.partition("[")[0] in exist}
+        tests = dict(sorted((self.collected | old | self.tests).items()))
         versions = {name: metadata.version(name) for name in DISTRIBUTIONS}
         versions["python"] = platform.python_version()
         RESULTS.write_text(json.dumps({"versions": versions, "tests": tests}, indent=1) + "\n")
+
+
+def marked_tests() -> set[str]:
+    """path::name of every test that proves a row."""
+    found = set()
+    root = DOCS.parent
+    for path in (root / "tests").rglob("test_*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
+                if any("mark.feature(" in ast.unparse(d) for d in node.decorator_list):
+                    found.add(f"{path.relative_to(root)}::{node.name}")
+    return found
 
 
 def table(results: dict[str, Any]) -> str:
@@ -124,6 +148,8 @@ def row_line(row: str, tests: list[tuple[str, dict[str, Any]]]) -> str:
     said = entry.get("against") or ""
     if "failed" in outcomes:
         result = "**FAILS**"
+    elif "not run" in outcomes:
+        result = "not run yet"
     elif outcomes == {"skipped"}:
         result = f"not run: {entry.get('reason', '').removeprefix('Skipped: ')}"
     elif entry.get("limit"):
