@@ -10,6 +10,7 @@ the server is asked everything once more, and gets SIGTERM in the middle of requ
 
 import asyncio
 import json
+import logging
 import signal
 import statistics
 import subprocess
@@ -72,6 +73,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     start(args.threads)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
     args.json.parent.mkdir(parents=True, exist_ok=True)
     machine = machine_facts(args.threads)
     print_facts(machine)

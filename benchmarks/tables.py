@@ -65,6 +65,7 @@ def tables(results: Path) -> str:
         ("serving", serving_table),
         ("linear", linear_table),
         ("memory", memory_table),
+        ("draft", draft_table),
     ):
         file = results / f"{name}.json"
         if file.exists():
@@ -136,6 +137,27 @@ def memory_table(result: dict[str, Any]) -> str:
         "Weights in GB by the formulas of `python benchmarks/memory.py`, the paper's figures in "
         f"brackets; `packed` is what the converter writes:\n\n{memory.table(result['rows'])}"
     )
+
+
+def draft_table(result: dict[str, Any]) -> str:
+    """A dense model with a packed draft beside the dense model alone."""
+    pair, alone = result["pair"], result["alone"]
+    lines = [
+        f"A dense {result['dtype']} model of the shape {pair['shape']} ({pair['layers']} layers) "
+        "whose packed twin drafts for it and is right about "
+        f"{result['simulated_acceptance']:.0%} of the tokens by construction, one request, on "
+        f"{machine(result)}; `python benchmarks/draft.py`:",
+        "",
+        "| tokens drafted a step | tokens/s | tokens a step | answers equal to the dense model's |",
+        "| ---: | ---: | ---: | ---: |",
+        f"| 0 | {alone['tokens_per_s']:.1f} | 1 | |",
+    ]
+    lines += [
+        f"| {row['draft_tokens']} | {row['tokens_per_s']:.1f} | {row['tokens_per_step']:.1f} | "
+        f"{row['equal_answers']} |"
+        for row in result["drafted"]
+    ]
+    return "\n".join(lines)
 
 
 def label(provider: str, mode: str) -> str:

@@ -57,3 +57,27 @@ def test_only_the_marked_part_is_replaced() -> None:
     )
     with pytest.raises(ValueError, match="once each"):
         tables.with_tables("no marks", "new")
+
+
+def test_draft_rows_are_beside_the_dense_model_alone(tmp_path: Path) -> None:
+    result = {
+        "machine": {"cpu": "Some CPU", "threads": 2},
+        "dtype": "bfloat16",
+        "pair": {"shape": "llama-1b", "layers": 22},
+        "simulated_acceptance": 0.8,
+        "alone": {"tokens_per_s": 7.9},
+        "drafted": [
+            {
+                "draft_tokens": 3,
+                "tokens_per_s": 13.19,
+                "tokens_per_step": 3.02,
+                "equal_answers": "4 of 4",
+            }
+        ],
+    }
+    (tmp_path / "draft.json").write_text(json.dumps(result))
+    lines = tables.tables(tmp_path).splitlines()
+    assert "llama-1b (22 layers)" in lines[0]
+    assert "80% of the tokens" in lines[0]
+    assert "| 0 | 7.9 | 1 | |" in lines
+    assert "| 3 | 13.2 | 3.0 | 4 of 4 |" in lines
