@@ -1,6 +1,7 @@
 """Plots of the benchmarks' JSON results. Without matplotlib there is a warning and no plot."""
 
 import importlib.util
+import types
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +18,27 @@ COLORS = {
     "llama_cpp": "#2ca02c",
 }
 STYLES = ("-", "--", ":", "-.")
+LABEL = {"textcoords": "offset points", "fontsize": 8}
 
 
-def plot_linear(result: dict[str, Any], path: Path) -> None:
-    """Speed over batch size for each shape, cold weights, with the roofline of 1-bit weights."""
+def _pyplot() -> types.ModuleType | None:
     if importlib.util.find_spec("matplotlib") is None:
         logger.warning("no plot: matplotlib is not installed")
-        return
+        return None
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    module: types.ModuleType = pyplot
+    return module
+
+
+def plot_linear(result: dict[str, Any], path: Path) -> None:
+    """Speed over batch size for each shape, cold weights, with the roofline of 1-bit weights."""
+    pyplot = _pyplot()
+    if pyplot is None:
+        return
     rows = [row for row in result["rows"] if row["weights"] == "cold"]
     shapes = list(dict.fromkeys((row["K"], row["N"]) for row in rows))
     if not shapes:
@@ -91,3 +101,39 @@ def _draw_series(axis: Any, rows: list[dict[str, Any]]) -> None:
             markersize=3,
             label=label,
         )
+
+
+def plot_quality(result: dict[str, Any], path: Path) -> None:
+    """Perplexity over stored bits per weight, one point a method; the dense model is a line."""
+    pyplot = _pyplot()
+    rows = [row for row in result["rows"] if row["perplexity"]]
+    if pyplot is None or not rows:
+        return
+    texts = list(dict.fromkeys(text for row in rows for text in row["perplexity"]))
+    figure, axes = pyplot.subplots(
+        1, len(texts), figsize=(7.5 * len(texts), 5), squeeze=False, layout="constrained"
+    )
+    for axis, text in zip(axes[0], texts, strict=True):
+        scored = [row for row in rows if text in row["perplexity"]]
+        for row in scored:
+            value = row["perplexity"][text]["perplexity"]
+            if row["key"] == "float16":
+                axis.axhline(value, color="#222222", linestyle="--", linewidth=1)
+                axis.annotate(f"Float16: {value:.1f}", (1, value), (0, 4), **LABEL)
+                continue
+            color = COLORS["torch"] if row["stage"] is None else COLORS[OURS]
+            axis.plot(row["bits"], value, "o", color=color, markersize=7)
+            axis.annotate(f"{row['name']}: {value:,.0f}", (row["bits"], value), (7, -3), **LABEL)
+        axis.set(yscale="log", xlim=(0.9, 4.2), xlabel="stored bits per quantized weight")
+        axis.set_title(text, fontsize=10)
+        axis.grid(alpha=0.3)
+    axes[0, 0].set_ylabel("perplexity (lower is better)")
+    fit = result["settings"]
+    figure.suptitle(
+        f"{result['model']}: BinaryMoS (red) and baselines (grey), calibrated on "
+        f"{fit['windows']} windows of {fit['length']} tokens",
+        fontsize=10,
+    )
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+    logger.info("wrote %s", path)

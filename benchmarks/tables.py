@@ -32,6 +32,7 @@ PROVIDERS = [
     ("llama_cpp", "tq2_0", "llama.cpp TQ2_0"),
     ("llama_cpp", "q4_0", "llama.cpp Q4_0"),
 ]
+MODEL_NAMES = {"SmolLM2-135M-Instruct.Q4_1.gguf": "SmolLM2-135M (Q4_1-dequantised)"}
 
 
 def main() -> int:
@@ -66,6 +67,7 @@ def tables(results: Path) -> str:
         ("linear", linear_table),
         ("memory", memory_table),
         ("draft", draft_table),
+        ("quality", quality_table),
     ):
         file = results / f"{name}.json"
         if file.exists():
@@ -158,6 +160,48 @@ def draft_table(result: dict[str, Any]) -> str:
         for row in result["drafted"]
     ]
     return "\n".join(lines)
+
+
+def quality_table(result: dict[str, Any]) -> str:
+    """Perplexity, and zero-shot accuracy where it was measured, of every method."""
+    rows, fit = result["rows"], result["settings"]
+    texts = list(dict.fromkeys(text for row in rows for text in row["perplexity"]))
+    float16 = [row["perplexity"] for row in rows if row["key"] == "float16"]
+    dense: dict[str, Any] = float16[0] if float16 else {}
+    windows = "all windows" if fit["limit"] is None else f"first {fit['limit']} windows"
+    tokens = fit["windows"] * fit["length"]
+    asked = any(row["zero_shot"] for row in rows)
+    head = ["method", "bits", "as published", "trained tokens", *texts, "times Float16"]
+    head += ["zero-shot average"] if asked else []
+    lines = [
+        f"Quality of {MODEL_NAMES.get(result['model'], result['model'])}: perplexity on "
+        f"{' and '.join(texts)} ({windows} of {fit['context']} tokens, {fit['backend']} "
+        f"{fit['dtype']}), every method fitted on the same {tokens:,} tokens, and those stages "
+        "that train on as many again as stated. Bits are per quantized weight: all that is "
+        "stored, and what the method's paper counts. Baselines are dense models with quantized "
+        "values; `python benchmarks/quality.py`:",
+        "",
+        "| " + " | ".join(head) + " |",
+        "| --- |" + " ---: |" * (len(head) - 1),
+    ]
+    for row in rows:
+        found = [row["perplexity"].get(text, {}).get("perplexity") for text in texts]
+        reference = dense.get(texts[0], {}).get("perplexity")
+        times = found[0] / reference if found[0] and reference else None
+        cells = [f"{row['bits']:.2f}", f"{row['published_bits']:.2f}"]
+        cells += [f"{row['trained_tokens']:,}", *map(_number, found), _number(times)]
+        if asked:
+            zero_shot = row["zero_shot"]
+            cells.append(f"{100 * zero_shot['average']:.1f} %" if zero_shot else "-")
+        lines.append(f"| {row['name']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _number(value: float | None) -> str:
+    """Three digits or so, in any size."""
+    if value is None:
+        return "-"
+    return f"{value:.1f}" if value < 100 else f"{value:,.0f}" if value < 1e6 else f"{value:.1e}"
 
 
 def label(provider: str, mode: str) -> str:

@@ -54,7 +54,7 @@ def test_a_packed_model_gives_numbers_and_figures(monkeypatch, tmp_path):
     row = result["layers"][layer]
     assert 0 < row["entropy_bits"] < 2 and row["in"]["median"] > 0
     assert math.isclose(sum(row["expert_share"]), 1, rel_tol=1e-5)
-    for name in ("out_gates.svg", "out_scales.svg"):
+    for name in ("out_gates.svg", "out_spread.svg", "out_scales.svg"):
         assert "</svg>" in (tmp_path / name).read_text()
 
 

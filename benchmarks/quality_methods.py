@@ -1,0 +1,182 @@
+"""What `quality.py` compares: how each method's model is made, and its bits per weight."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from harness import REPOSITORY
+from quantize import BY_LAYER, FLOAT16, OMNIQUANT, REPORT
+
+from converters.calibration import CACHE, MEMBERS
+from converters.fitting import FITTED_STAGES, STAGES
+from vllm_bmos.checkpoint.container import spec_bytes
+from vllm_bmos.checkpoint.reader import Checkpoint
+
+QUANTIZE = REPOSITORY / "benchmarks" / "quantize.py"
+CONVERT = REPOSITORY / "converters" / "hf_to_bmos.py"
+PAPER, EXPERTS, CALIBRATION = "paper", "experts", "calibration"
+COMPARISONS = (PAPER, EXPERTS, CALIBRATION)
+EQUAL_EXPERTS = ("svid", "hessian")  # stages whose experts are equal: any E is OneBit
+NAMES = {
+    FLOAT16: "Float16",
+    "gptq": "GPTQ, 2 bit, groups of 128",
+    "pb-llm": "PB-LLM, 10 % salient",
+    "billm": "BiLLM",
+    OMNIQUANT: "OmniQuant class, 2 bit, groups of 128",
+}
+
+
+class MethodError(RuntimeError):
+    """A method's command failed; its own messages are above."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the comparison.
+
+    Attributes:
+        key: names it on the command line, on disk and in the results.
+        name: for tables.
+        baseline: a method of `quantize.py`, or None for BinaryMoS.
+        stage: of the converter, for BinaryMoS.
+        E: experts, for BinaryMoS.
+        texts: calibration texts in place of those of the command line.
+    """
+
+    key: str
+    name: str
+    baseline: str | None = None
+    stage: str | None = None
+    E: int | None = None
+    texts: tuple[str, ...] = ()
+
+    @property
+    def trains(self) -> bool:
+        """Whether it uses `--tokens` on top of the calibration windows."""
+        return self.stage in FITTED_STAGES and FITTED_STAGES[str(self.stage)] is not None
+
+
+def methods(comparison: str, stage: str) -> list[Method]:
+    """The methods of a comparison; `stage` is the one whose ablation is asked for."""
+    if comparison == EXPERTS:
+        return [_ours(stage, E) for E in (1, 2, 4, 8)]
+    if comparison == CALIBRATION:
+        E = 1 if stage in EQUAL_EXPERTS else 4
+        single = [_ours(stage, E, name.partition(".")[0], str(CACHE / name)) for name in MEMBERS]
+        return [*single, _ours(stage, E)]
+    baselines = (FLOAT16, OMNIQUANT, *BY_LAYER)
+    return [*(Method(name, NAMES[name], baseline=name) for name in baselines), *_stages()]
+
+
+def _stages() -> Iterator[Method]:
+    for stage in (*STAGES, *FITTED_STAGES):
+        for E in (1,) if stage in EQUAL_EXPERTS else (1, 4):
+            yield _ours(stage, E)
+
+
+def _ours(stage: str, E: int, label: str = "", text: str = "") -> Method:
+    name = ("OneBit" if E == 1 else f"BinaryMoS, E={E}") + f", {stage}"
+    key = f"{stage}-e{E}"
+    if label:
+        return Method(f"{key}-{label}", f"{name}, {label} only", None, stage, E, (text,))
+    return Method(key, name, None, stage, E)
+
+
+def command(method: Method, model: Path, target: Path, fit: dict[str, Any]) -> list[str]:
+    """The command that makes a method's model; run again, it continues.
+
+    Args:
+        method: the method.
+        model: the dense model.
+        target: directory to write.
+        fit: the settings of `quality.py` that decide the result.
+    """
+    flags = ["--windows", str(fit["windows"]), "--length", str(fit["length"])]
+    flags += ["--seed", str(fit["seed"])]
+    for text in method.texts or fit["calibration"]:
+        flags += ["--calibration", text]
+    if method.baseline is not None:
+        flags += ["--steps", str(fit["steps"]), "--batch", str(fit["batch"])]
+        return [sys.executable, str(QUANTIZE), method.baseline, str(model), str(target), *flags]
+    flags += ["--stage", str(method.stage), "--experts", str(method.E)]
+    flags += ["--tokens", str(fit["tokens"]), "--resume"]
+    return [sys.executable, str(CONVERT), str(model), str(target), *flags]
+
+
+def make(method: Method, model: Path, target: Path, fit: dict[str, Any]) -> dict[str, Any]:
+    """Make a method's model, unless it is there.
+
+    Returns:
+        `seconds` and `cpu_seconds` of this run, and whether it was the `whole` run.
+
+    Raises:
+        MethodError: if the command fails.
+    """
+    whole = not target.with_name(target.name + ".fit").exists() and not target.exists()
+    began = time.monotonic()
+    process = subprocess.Popen(command(method, model, target, fit), stdout=sys.stderr)
+    try:
+        _, status, usage = os.wait4(process.pid, 0)
+    except KeyboardInterrupt:
+        process.wait()
+        raise
+    if status != 0:
+        raise MethodError(f"{method.key} failed; see above")
+    return {
+        "seconds": round(time.monotonic() - began, 1),
+        "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
+        "peak_rss_bytes": usage.ru_maxrss * 1024,
+        "whole": whole,
+    }
+
+
+def check_made(method: Method, target: Path, fit: dict[str, Any]) -> None:
+    """Raise ValueError unless a model that was made elsewhere is what `make` would have made.
+
+    The model says by itself how it was made: `quantization.json` or the checkpoint's provenance.
+    """
+    if (target / REPORT).exists():
+        found = json.loads((target / REPORT).read_text(encoding="utf-8"))
+        said: dict[str, Any] = {"method": found["method"]}
+        wanted: dict[str, Any] = {"method": method.baseline}
+    else:
+        config = Checkpoint(target).config
+        found = config.provenance
+        said = {"stage": found.get("stage"), "E": config.num_experts}
+        wanted = {"stage": method.stage, "E": method.E}
+    if method.baseline != FLOAT16 and method.stage != "svid":  # these look at no text
+        texts = method.texts or fit["calibration"] or MEMBERS
+        wanted |= {what: fit[what] for what in ("windows", "length", "seed")}
+        wanted["texts"] = [Path(text).name for text in texts]
+        record = found.get("calibration", {})
+        said |= {what: record.get(what) for what in ("windows", "length", "seed")}
+        said["texts"] = [text["name"] for text in record.get("texts", [])]
+        if method.trains:  # whose record counts the windows of training
+            said["windows"] = wanted["windows"]
+            wanted["tokens"] = fit["tokens"]
+            said["tokens"] = found.get("fit", {}).get("distill", {}).get("tokens")
+    if said != wanted:
+        raise ValueError(f"--made {method.key}={target} was made by {said}, not by {wanted}.")
+
+
+def bits_per_weight(target: Path) -> dict[str, float]:
+    """Stored and published bits per quantized weight of a model that a method made.
+
+    `bits` counts all that has to be stored for the quantized layers. `published_bits` is what the
+    method's own paper counts; for OneBit and BinaryMoS that is the same.
+    """
+    report = target / REPORT
+    if report.exists():
+        found = json.loads(report.read_text(encoding="utf-8"))
+        return {what: float(found[what]) for what in ("bits", "published_bits")}
+    checkpoint = Checkpoint(target)
+    inside = tuple(f"{module}." for module in checkpoint.config.modules)
+    stored = sum(spec_bytes(s) for name, s in checkpoint.specs.items() if name.startswith(inside))
+    bits = 8 * stored / sum(N * K for N, K in checkpoint.shapes.values())
+    return {"bits": bits, "published_bits": bits}
