@@ -11,9 +11,10 @@ trap 'rm -rf "$build"' EXIT
 BMOS_CXXFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g1" \
     "$python" setup.py --quiet build_ext --build-lib "$build" --build-temp "$build/temp"
 
-# Python itself leaks, by this sanitizer's definition, so leaks are not looked for.
-cxx=${CXX:-g++}
-LD_PRELOAD="$($cxx -print-file-name=libasan.so) $($cxx -print-file-name=libubsan.so)" \
+# Python itself leaks, by this sanitizer's definition, so leaks are not looked for. libstdc++ is
+# there from the start, because the sanitizer looks up its exceptions then.
+library() { "${CXX:-g++}" -print-file-name="lib$1.so"; }
+LD_PRELOAD="$(library asan) $(library ubsan) $(library stdc++)" \
     ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
     VLLM_BMOS_CPU_LIBRARY="$build/vllm_bmos/kernels/libbmos_cpu.so" \
-    "$python" -m pytest -q tests/kernels/test_cpu.py "$@"
+    "$python" -m pytest -q tests/kernels/test_cpu.py tests/kernels/test_torch_op.py "$@"
