@@ -130,7 +130,7 @@ def plot_quality(result: dict[str, Any], path: Path) -> None:
     axes[0, 0].set_ylabel("perplexity (lower is better)")
     fit = result["settings"]
     figure.suptitle(
-        f"{result['model']}: BinaryMoS (red) and baselines (grey), calibrated on "
+        f"{result['model']}\nBinaryMoS (red) and baselines (grey), fitted on "
         f"{fit['windows']} windows of {fit['length']} tokens",
         fontsize=10,
     )

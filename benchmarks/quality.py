@@ -17,6 +17,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +132,8 @@ def run(args: argparse.Namespace) -> None:
             raise ValueError(f"--methods {key}: known are {', '.join(known)}.")
     args.work.mkdir(parents=True, exist_ok=True)
     result["machine"] = machine_facts(args.threads)
-    result["shapes"] = shapes_of(str(args.model))
+    layers = Counter(shapes_of(str(args.model)))
+    result["shapes"] = [[N, K, count] for (N, K), count in layers.items()]
     for method in chosen:
         if args.methods and method.key not in args.methods:
             continue

@@ -77,7 +77,7 @@ def cost_table(result: dict[str, Any], model: str) -> str:
         f"| method | processor seconds, {result['model']} | processor hours | hours |",
         "| --- | ---: | ---: | ---: |",
     ]
-    small = [(N, K) for N, K in result["shapes"]]
+    small = [(N, K) for N, K, count in result["shapes"] for _ in range(count)]
     for row in result["rows"]:
         if row["effort"] is None or not row["effort"]["whole"]:
             continue  # made elsewhere, or resumed: its time is not known

@@ -66,8 +66,9 @@ def salient_columns(W: torch.Tensor, U_diagonal: torch.Tensor) -> torch.Tensor:
     order = cost.argsort(descending=True)
     best, least = 1, torch.inf
     for count in range(1, min(MOST_SALIENT, len(order) - 1) + 1):
-        chosen, rest = W[:, order[:count]], W[:, order[count:]]
-        error = float(_row_error(chosen) + _row_error(rest))
+        chosen = torch.zeros(W.shape, dtype=torch.bool)
+        chosen[:, order[:count]] = True
+        error = float(_error(W, chosen) + _error(W, ~chosen))
         if error < least:
             best, least = count, error
     return order[:best]
@@ -79,7 +80,7 @@ def best_split(W: torch.Tensor, mask: torch.Tensor) -> float:
     best, least = 0.0, torch.inf
     for threshold in magnitude[mask].quantile(QUANTILES.to(W.dtype)).tolist():
         tail, bell = mask & (magnitude > threshold), mask & (magnitude <= threshold)
-        error = float((W - binarize(W, tail) - binarize(W, bell))[mask].square().sum())
+        error = float(_error(W, tail) + _error(W, bell))
         if error < least:
             best, least = threshold, error
     return best
@@ -106,10 +107,13 @@ def binarize(W: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return torch.where(W >= mean, mean + scale, mean - scale) * mask
 
 
-def _row_error(W: torch.Tensor) -> torch.Tensor:
-    """Squared error of binarizing all of W [N, C]: each row keeps what its scale does not hold."""
-    centred = W - W.mean(dim=1, keepdim=True)
-    return centred.square().sum() - W.shape[1] * centred.abs().mean(dim=1).square().sum()
+def _error(W: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Squared error of `binarize` inside the mask: what mean and scale of a row do not hold."""
+    inside = mask.to(W.dtype)
+    count = inside.sum(dim=1).clamp_min(1)
+    mean = (W * inside).sum(dim=1) / count
+    scale = ((W - mean[:, None]).abs() * inside).sum(dim=1) / count
+    return (W.square() * inside).sum() - (count * (mean.square() + scale.square())).sum()
 
 
 def published_bits(salient: float) -> float:

@@ -171,7 +171,8 @@ def test_cost_is_proportional_to_layers():
     row["effort"] = {"cpu_seconds": 100.0, "whole": True}
     part = {**row, "name": "resumed", "effort": {"cpu_seconds": 1.0, "whole": False}}
     result = {"rows": [row, part], "settings": settings, "model": "half"}
-    result |= {"machine": {"cpu": "CPU", "threads": 2}, "shapes": shapes[: len(shapes) // 2]}
+    half = [[N, K, shapes.count((N, K)) // 2] for N, K in set(shapes)]
+    result |= {"machine": {"cpu": "CPU", "threads": 2}, "shapes": half}
     table = quality_cost.cost_table(result, "LLaMA-1/2-7B")
     assert "| GPTQ | 100 | 0.1 | 0.0 |" in table and "resumed" not in table
     with pytest.raises(ValueError, match="--predict-cost nowhere"):

@@ -115,7 +115,10 @@ def test_binary_levels_are_the_least_squares_scale_around_the_mean():
     best = ((W - mean) * signs).mean(dim=1, keepdim=True)
     for factor in (0.9, 1.1):
         assert (W - mean - factor * best * signs).square().sum() > error
-    assert float(billm._row_error(W)) == pytest.approx(float(error))
+    assert float(billm._error(W, whole)) == pytest.approx(float(error))
+    some = torch.rand(W.shape) < 0.6
+    left = (W - billm.binarize(W, some))[some].square().sum()
+    assert float(billm._error(W, some)) == pytest.approx(float(left))
 
 
 def test_the_split_search_beats_no_split_and_a_split_in_half():
