@@ -112,7 +112,7 @@ def fit(
         folder: for the Trainer's checkpoints; a run continues from the last one there.
         options: see `DistillOptions`.
         stage: kd-scales, qat or experts.
-        E: into how many experts `experts` splits one.
+        E: into how many experts `experts` splits one; different experts of the start stay.
         seed: of the order of windows and of the experts' clusters.
         threads: of each op; 0 takes torch's choice.
 
@@ -125,7 +125,7 @@ def fit(
     student = load_student(source, with_experts(start, source.modules, 1))
     before = held_out_loss(student, teacher, held_out)
     logger.info("held-out KL before training: %.4f", before)
-    if stage == EXPERTS:
+    if stage == EXPERTS and all(layer.E == 1 for layer in trainable_layers(student).values()):
         apart = split(student, train, E, seed)
         names = module_names(student, source)
         split_start = {
