@@ -54,8 +54,11 @@ RECIPES = {
         "The text is not meant to be good: the quick fit takes 5 minutes. FIT=long trains longer.",
     ),
     "long": Recipe(
-        ("--stage", "qat", "--experts", "1", "--tokens", "1000000"),
-        "hours",
+        (
+            *("--stage", "qat", "--experts", "1", "--tokens", "1000000"),
+            *("--batch", "4", "--latent-lr", "0.02"),
+        ),
+        "an hour or two",
         "The paper trains on 196 million tokens, this recipe on one.",
     ),
 }
