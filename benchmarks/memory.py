@@ -157,6 +157,22 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def measured_table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: what was written, and what vLLM holds of it where that was asked for."""
+    lines = [
+        "| GB | directory | its tensors | its packed layers | vLLM holds for these | bits/weight |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for row in rows:
+        held = row.get("held_by_vllm_bytes")
+        sizes = [row[f"{part}_bytes"] for part in ("directory", "tensor", "packed_layer")]
+        cells = [f"{size / GB:.3f}" for size in sizes]
+        cells += [f"{held / GB:.3f}" if held else "-"]
+        cells += [f"{8 * row['packed_layer_bytes'] / row['weights']:.3f}"]
+        lines.append(f"| {row['name']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -181,15 +197,8 @@ def main() -> None:
             row["held_by_vllm_bytes"] = held_by_vllm(path)
     print_facts({"experts": E})
     print(table(rows))
-    for row in result["measured"]:
-        bits = 8 * row["packed_layer_bytes"] / row["weights"]
-        print(
-            f"{row['name']}: {row['directory_bytes'] / GB:.3f} GB on disk, "
-            f"{row['tensor_bytes'] / GB:.3f} GB of tensors, {bits:.3f} bits per packed weight"
-        )
-        if "held_by_vllm_bytes" in row:
-            held = row["held_by_vllm_bytes"] / row["packed_layer_bytes"]
-            print(f"  vLLM holds {held:.4f} times the packed layers' bytes for them")
+    if args.checkpoint:
+        print(measured_table(result["measured"]))
     write_json(args.json, result)
 
 

@@ -134,10 +134,11 @@ def linear_table(result: dict[str, Any]) -> str:
 
 
 def memory_table(result: dict[str, Any]) -> str:
-    """Gigabytes of a whole model's weights by method."""
+    """Gigabytes of a whole model's weights by method, then what was written and is held."""
     return (
         "Weights in GB by the formulas of `python benchmarks/memory.py`, the paper's figures in "
-        f"brackets; `packed` is what the converter writes:\n\n{memory.table(result['rows'])}"
+        f"brackets; `packed` is what the converter writes:\n\n{memory.table(result['rows'])}\n\n"
+        f"Measured, on the disk and in vLLM:\n\n{memory.measured_table(result['measured'])}"
     )
 
 

@@ -27,7 +27,7 @@ def compare(checkpoint: Checkpoint, source: Path) -> str:
     """
     config = checkpoint.config
     stage = config.provenance.get("stage")
-    known = stage in STAGES
+    known = isinstance(stage, str) and stage in STAGES
     options = Options(
         experts=config.num_experts,
         stage=str(stage) if known else "svid",

@@ -34,6 +34,7 @@ def test_config_round_trip():
         ({"num_experts": True}, "num_experts"),
         ({"num_experts": 4.0}, "num_experts"),
         ({"scale_dtype": "float8"}, "scale_dtype: expected one of"),
+        ({"scale_dtype": ["float16"]}, "scale_dtype: expected one of"),
         ({"modules": []}, "modules is empty"),
         ({"modules": ["a", "a"]}, "lists a twice"),
         ({"modules": ["../a"]}, "'../a' is not a module name"),

@@ -118,7 +118,7 @@ class BinaryMosConfig:
                 f"quantization_config.num_experts: expected an integer from 1 to {MAX_EXPERTS}, "
                 f"found {self.num_experts!r}. Convert the model again."
             )
-        if self.scale_dtype not in SCALE_DTYPES:
+        if self.scale_dtype not in tuple(SCALE_DTYPES):  # JSON may hold what cannot be hashed
             raise FormatError(
                 f"quantization_config.scale_dtype: expected one of {sorted(SCALE_DTYPES)}, found "
                 f"{self.scale_dtype!r}. Convert the model again."

