@@ -8,7 +8,7 @@ python=${1:-python}
 build=$(mktemp -d)
 trap 'rm -rf "$build"' EXIT
 
-BMOS_CXXFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g1" \
+BMOS_CXXFLAGS="-O1 -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g1" \
     "$python" setup.py --quiet build_ext --build-lib "$build" --build-temp "$build/temp"
 
 # Python itself leaks, by this sanitizer's definition, so leaks are not looked for. libstdc++ is

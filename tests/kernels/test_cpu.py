@@ -183,7 +183,7 @@ def test_nan_and_infinity_stay_in_their_row(isa: str, mode: str, M: int, bad: fl
     expected = linear(layer, tensors, x)
     x[1, 77] = bad
     y = linear(layer, tensors, x)
-    assert not y[1].isfinite().any()
+    assert y[1].isnan().all()
     others = torch.arange(M) != 1
     assert torch.equal(y[others], expected[others])
 
