@@ -16,6 +16,7 @@ from quantize import BY_LAYER, FLOAT16, OMNIQUANT, REPORT
 from converters.calibration import CACHE, MEMBERS
 from converters.fitting import FITTED_STAGES, STAGES
 from vllm_bmos.checkpoint.container import spec_bytes
+from vllm_bmos.checkpoint.format import CONFIG_FILE
 from vllm_bmos.checkpoint.reader import Checkpoint
 
 QUANTIZE = REPOSITORY / "benchmarks" / "quantize.py"
@@ -109,15 +110,20 @@ def command(method: Method, model: Path, target: Path, fit: dict[str, Any]) -> l
     return [sys.executable, str(CONVERT), str(model), str(target), *flags]
 
 
-def make(method: Method, model: Path, target: Path, fit: dict[str, Any]) -> dict[str, Any]:
+def make(method: Method, model: Path, target: Path, fit: dict[str, Any]) -> dict[str, Any] | None:
     """Make a method's model, unless it is there.
 
     Returns:
-        `seconds` and `cpu_seconds` of this run, and whether it was the `whole` run.
+        `seconds` and `cpu_seconds` of this run, and whether it was the `whole` run; None if
+        nothing was to be done.
 
     Raises:
         MethodError: if the command fails.
+        ValueError: if what is there was made otherwise.
     """
+    if (target / (REPORT if method.baseline else CONFIG_FILE)).exists():
+        check_made(method, target, fit)
+        return None
     whole = not target.with_name(target.name + ".fit").exists() and not target.exists()
     began = time.monotonic()
     process = subprocess.Popen(command(method, model, target, fit), stdout=sys.stderr)
@@ -162,7 +168,7 @@ def check_made(method: Method, target: Path, fit: dict[str, Any]) -> None:
             wanted["tokens"] = fit["tokens"]
             said["tokens"] = found.get("fit", {}).get("distill", {}).get("tokens")
     if said != wanted:
-        raise ValueError(f"--made {method.key}={target} was made by {said}, not by {wanted}.")
+        raise ValueError(f"{method.key}: {target} was made by {said}, not by {wanted}.")
 
 
 def bits_per_weight(target: Path) -> dict[str, float]:

@@ -42,7 +42,7 @@ def quantize(args: argparse.Namespace) -> dict[str, Any]:
         raise FormatError(f"{args.model} is binary already; give the dense model.")
     report: dict[str, Any] = {"method": args.method, "model": args.model.resolve().name}
     if args.method == FLOAT16:
-        write_dense(source, {}, args.out)
+        write_dense(source, [], args.out)
         return {**report, BITS: 16.0, PUBLISHED: 16.0}
     text = calibration(plan, args)
     if args.method in BY_LAYER:
@@ -51,7 +51,7 @@ def quantize(args: argparse.Namespace) -> dict[str, Any]:
         bits = quantize_model(source, text.train, method, args.out, facts, args.threads)
     else:
         with tempfile.TemporaryDirectory(dir=args.out.absolute().parent) as dense:
-            write_dense(source, {}, Path(dense))
+            write_dense(source, [], Path(dense))
             bits = omniquant.quantize_model(
                 source, Path(dense), text.train, args.out, args.steps, args.batch
             )

@@ -61,7 +61,7 @@ def quantize_model(
         layer = layers[name]
         assert isinstance(layer, nn.Linear)
         weights[f"{name}.weight"] = layer.weight.detach().float()
-    write_dense(source, weights, target)
+    write_dense(source, [weights], target)
     total = sum(N * K for N, K in source.modules.values())
     shapes = source.modules.values()
     bits = sum(stored_bits(K, CODE_BITS, GROUP) * N * K for N, K in shapes) / total

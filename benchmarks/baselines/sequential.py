@@ -2,11 +2,12 @@
 
 As in the code of GPTQ, PB-LLM and BiLLM, the inputs of a layer are those of the model whose
 earlier layers are quantized already, and H = X^T X sums over all calibration tokens.
-Memory: one block and the hidden states. A finished block survives a kill (`TARGET.fit`).
+Memory: one block, the embeddings and the hidden states. A finished block survives a kill
+(`TARGET.fit`).
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -24,8 +25,10 @@ from converters.fitting.observe import Group, find_groups, look
 from converters.fitting.threads import bfloat16_products, workers
 from converters.side_files import side_files
 from converters.sources import Source
+from vllm_bmos.checkpoint.format import TORCH_DTYPES
 
 BATCH = 4  # windows in one forward pass
+FILE_BYTES = 2**31  # of one output file, about
 BITS, PUBLISHED = "bits", "published_bits"
 STAGE = "blocks"
 
@@ -55,20 +58,26 @@ def quantize_model(
         Mean `bits` and `published_bits` of all quantized weights.
     """
     with FitFolder(target, facts, resume=True) as folder:
-        tensors = _quantize_blocks(source, tokens, quantize, folder, threads)
-        bits = _take_means(tensors, source.modules)
-        write_dense(source, tensors, target)
+        pieces = _quantize_blocks(source, tokens, quantize, folder, threads)
+        weights = ({n: t for n, t in _read(folder, p).items() if t.ndim} for p in pieces)
+        write_dense(source, weights, target)
+        scalars = {n: t for p in pieces for n, t in _read(folder, p).items() if not t.ndim}
         FitFolder.delete(folder.root)
-    return bits
+    return _means(scalars, source.modules)
+
+
+def _read(folder: FitFolder, piece: str) -> Tensors:
+    tensors = folder.read(STAGE, piece)
+    assert tensors is not None  # it has been written
+    return tensors
 
 
 @torch.inference_mode()
 def _quantize_blocks(
     source: Source, tokens: torch.Tensor, quantize: Quantize, folder: FitFolder, threads: int
-) -> Tensors:
-    """Weights and bits of every layer by their names on disk."""
-    model = BlockModel(source)
-    result: Tensors = {}
+) -> list[str]:
+    """The pieces in the folder: weights and bits of every layer by their names on disk."""
+    model, pieces = BlockModel(source), []
     with workers(threads) as pool:
         hidden, calls = model.first_inputs(tokens)
         for index, kwargs in enumerate(calls):
@@ -80,10 +89,10 @@ def _quantize_blocks(
                 folder.write(STAGE, piece, tensors)
             for name, disk in names.items():
                 _set(block, name, tensors[f"{disk}.weight"])
-            result |= tensors
+            pieces.append(piece)
             _for_each(pool, hidden, partial(_advance, block, kwargs))
             logger.info("block %d of %d", index + 1, len(calls))
-    return result
+    return pieces
 
 
 def _quantize_block(
@@ -146,27 +155,46 @@ def _set(block: nn.Module, name: str, weight: torch.Tensor) -> None:
     block.get_submodule(name).weight = nn.Parameter(weight, requires_grad=False)
 
 
-def _take_means(tensors: Tensors, modules: dict[str, tuple[int, int]]) -> dict[str, float]:
-    """Remove the bits from `tensors`; their means over all weights."""
+def _means(scalars: Tensors, modules: dict[str, tuple[int, int]]) -> dict[str, float]:
+    """Means of the bits over all weights."""
     total = sum(N * K for N, K in modules.values())
     return {
-        what: sum(float(tensors.pop(f"{m}.{what}")) * N * K for m, (N, K) in modules.items())
-        / total
+        what: sum(float(scalars[f"{m}.{what}"]) * N * K for m, (N, K) in modules.items()) / total
         for what in (BITS, PUBLISHED)
     }
 
 
-def write_dense(source: Source, replaced: Tensors, target: Path) -> None:
+def write_dense(source: Source, replaced: Iterable[Tensors], target: Path) -> None:
     """Write a dense source as a Hugging Face directory, some tensors replaced.
 
     The tensors keep the source's dtype, so that a replaced weight is rounded as the others were.
+
+    Args:
+        source: a dense source.
+        replaced: tensors by name, in parts that fit into memory; each becomes a file.
+        target: directory to write.
     """
     target.mkdir(parents=True, exist_ok=True)
-    tensors = {}
-    for name in source.store.specs:
-        dense = source.store.tensor(name)
-        tensors[name] = replaced.get(name, dense).to(dense.dtype).contiguous()
-    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    weight_map: dict[str, str] = {}
+
+    def write(tensors: Tensors) -> None:
+        file = f"model-{len(set(weight_map.values())):05d}.safetensors"
+        save_file(tensors, target / file, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(tensors, file))
+
+    specs = source.store.specs
+    for part in replaced:
+        write({n: t.to(TORCH_DTYPES[specs[n].dtype]).contiguous() for n, t in part.items()})
+    rest: Tensors = {}
+    for name in [name for name in specs if name not in weight_map]:
+        rest[name] = source.store.tensor(name).contiguous()
+        if sum(tensor.nbytes for tensor in rest.values()) > FILE_BYTES:
+            write(rest)
+            rest = {}
+    if rest:
+        write(rest)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (target / "model.safetensors.index.json").write_text(json.dumps(index))
     (target / "config.json").write_text(json.dumps(source.config, indent=2))
     for name, data in side_files(source).items():
         (target / name).write_bytes(data)

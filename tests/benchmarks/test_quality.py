@@ -157,8 +157,15 @@ def test_a_packed_model_made_elsewhere_needs_its_stage_and_experts(tmp_path):
     fit = {"windows": 5, "length": 64, "seed": 3, "calibration": ["a.txt"], "tokens": 9}
     methods = {method.key: method for method in quality_methods.methods("paper", "qat")}
     quality_methods.check_made(methods["svid-e1"], tmp_path / "model", fit)
-    with pytest.raises(ValueError, match="--made hessian-e1"):
+    with pytest.raises(ValueError, match="not by"):
         quality_methods.check_made(methods["hessian-e1"], tmp_path / "model", fit)
+
+
+def test_a_model_that_is_there_is_not_made_again(tmp_path, monkeypatch):
+    (method,) = [m for m in quality_methods.methods("paper", "qat") if m.key == "float16"]
+    (tmp_path / "quantization.json").write_text(json.dumps({"method": "float16"}))
+    monkeypatch.setattr(quality_methods, "command", None)
+    assert quality_methods.make(method, tmp_path, tmp_path, {}) is None
 
 
 def test_cost_is_proportional_to_layers():

@@ -25,6 +25,11 @@ def dense(tmp_path_factory):
     return path
 
 
+def tensors_of(path):
+    """All tensors of a directory."""
+    return {n: t for file in path.glob("*.safetensors") for n, t in load_file(file).items()}
+
+
 def run(monkeypatch, method, dense, out, *flags):
     text = out.parent / "text.txt"
     text.write_text("the quick brown fox jumps over the lazy dog, again and again.\n" * 200)
@@ -37,8 +42,7 @@ def run(monkeypatch, method, dense, out, *flags):
 @pytest.mark.parametrize("method", quantize.BY_LAYER)
 def test_only_the_blocks_linear_layers_change(method, dense, tmp_path, monkeypatch):
     assert run(monkeypatch, method, dense, tmp_path / "out") == 0
-    before = load_file(dense / "model.safetensors")
-    after = load_file(tmp_path / "out" / "model.safetensors")
+    before, after = tensors_of(dense), tensors_of(tmp_path / "out")
     assert before.keys() == after.keys()
     linears = {f"{name}.weight" for name in linear_names(random_model("llama"))}
     changed = {name for name in before if not torch.equal(before[name], after[name])}
@@ -53,7 +57,7 @@ def test_only_the_blocks_linear_layers_change(method, dense, tmp_path, monkeypat
 
 def test_float16_is_the_source(dense, tmp_path, monkeypatch):
     assert run(monkeypatch, "float16", dense, tmp_path / "out") == 0
-    before, after = (load_file(p / "model.safetensors") for p in (dense, tmp_path / "out"))
+    before, after = map(tensors_of, (dense, tmp_path / "out"))
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert json.loads((tmp_path / "out" / quantize.REPORT).read_text())["bits"] == 16
 
@@ -77,7 +81,7 @@ def test_an_interrupted_run_gives_the_same_model(dense, tmp_path):
     calls = -1000
     sequential.quantize_model(source, TOKENS, breaks_down, target, {"a": 1}, threads=1)
     assert calls == -1000 + 7  # the first block was not done again
-    whole, broken = (load_file(tmp_path / n / "model.safetensors") for n in ("whole", "broken"))
+    whole, broken = (tensors_of(tmp_path / name) for name in ("whole", "broken"))
     assert all(torch.equal(whole[name], broken[name]) for name in whole)
     assert not (tmp_path / "broken.fit").exists()
 
@@ -125,6 +129,6 @@ def test_omniquants_class_learns(dense, tmp_path, monkeypatch):
             return float((model(tokens).logits - reference(tokens).logits).square().mean())
 
     assert distance(60) < 0.95 * distance(1)
-    weights = load_file(tmp_path / "steps60" / "model.safetensors")
+    weights = tensors_of(tmp_path / "steps60")
     W = weights["model.layers.0.mlp.gate_proj.weight"]
     assert max(len(row.unique()) for row in W[:, :128]) <= 4
