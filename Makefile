@@ -3,6 +3,7 @@
 #              it trains for an hour or two, with FIT=none it looks at the weights only
 # make serve   the same, and leaves the server running
 # make test    the default test suite; make test-slow: the long tests
+# make features    runs what docs/FEATURES.md says (long), and writes it
 # make check   linter and type checker; make sanitize: the C++ under its sanitizers
 # make bench   the quick benchmark of the linear layer
 #
@@ -19,7 +20,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := $(VENV)/.setup-$(BACKEND)
 NATIVE := $(wildcard setup.py csrc/*)
 
-.PHONY: setup demo serve test test-slow sanitize check bench clean
+.PHONY: setup demo serve test test-slow features sanitize check bench clean
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -41,6 +42,10 @@ test: setup
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
+
+features: setup
+	-$(BIN)/python -m pytest -m feature --features
+	$(BIN)/python -m tests.features
 
 sanitize: setup
 	csrc/sanitize.sh $(BIN)/python
