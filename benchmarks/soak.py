@@ -266,7 +266,7 @@ def failures(result: dict[str, Any]) -> list[str]:
     found = []
     for phase in ("saturated", "overloaded"):
         if result[phase]["wrong"]:
-            found.append(f"{phase}: {result[phase]['wrong']} wrong answers")
+            found.append(f"{phase}: {result[phase]['wrong']} wrong or failed answers")
     if result["idle_again_wrong"]:
         found.append(f"{result['idle_again_wrong']} wrong answers after the load")
     if result["memory"]["drift"] > MAX_DRIFT:

@@ -149,7 +149,9 @@ async def load(
             index = draw.randrange(len(jobs))
             await _checked(client, jobs[index], expected[index], tally)
 
-    limits = httpx.Limits(max_connections=None)
+    # A connection for each request: one that is kept may be closed by the server, after five idle
+    # seconds, in the moment in which it is used again.
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
     async with httpx.AsyncClient(base_url=url, timeout=TIMEOUT_SECONDS, limits=limits) as client:
         await asyncio.gather(*(one(number) for number in range(clients)))
     return tally

@@ -29,7 +29,7 @@ def test_a_good_run_has_no_failures() -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"overloaded": {"wrong": 2}}, "overloaded: 2 wrong answers"),
+        ({"overloaded": {"wrong": 2}}, "overloaded: 2 wrong or failed answers"),
         ({"idle_again_wrong": 1}, "1 wrong answers after the load"),
         ({"memory": {"drift": 0.05}}, "grew by 5.0%"),
         ({"idle_after": {"open_files": 106, "processes": 4}}, "100 before the load, 106 after"),
