@@ -150,5 +150,5 @@ def run_engine(
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=560,
     )
