@@ -56,7 +56,7 @@ RECIPES = {
     "long": Recipe(
         (
             *("--stage", "qat", "--experts", "1", "--tokens", "1000000"),
-            *("--batch", "4", "--latent-lr", "0.015"),
+            *("--batch", "4", "--latent-lr", "0.02"),
         ),
         "an hour or two",
         "The paper trains on 196 million tokens, this recipe on one.",

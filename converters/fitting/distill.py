@@ -50,7 +50,7 @@ class DistillOptions:
     tokens: int = 250_000
     length: int = 512
     batch: int = 2
-    latent_lr: float = 2e-2
+    latent_lr: float = 3e-2
     scale_lr: float = 5e-3
     hidden: float = 0.0
     save_steps: int = 25
