@@ -9,7 +9,7 @@ Every method is made in DIR by a command of its own, on the same calibration win
 then scored by perplexity.py and, with --zero-shot, by zero_shot.py. A row is written when it is
 complete and never made again; an interrupted method continues. Stages kd-scales and qat see
 --tokens in addition: their rows say so. Baselines are dense models with quantized values. A model
-that was made elsewhere, with the same settings, is scored where it is: --made qat-e4=DIR.
+that was made elsewhere, on the same calibration windows, is scored where it is: --made qat-e4=DIR.
 """
 
 import argparse
@@ -77,7 +77,7 @@ def complete(row: dict[str, Any], method: Method, model: Path, args: argparse.Na
     fit = {name: getattr(args, name) for name in FIT}
     target = args.made.get(method.key, args.work / method.key)
     if method.key in args.made:
-        check_made(method, target, fit)
+        row["trained_tokens"] = check_made(method, target, fit)
         row.setdefault("effort", None)
     else:
         row.setdefault("effort", make(method, model, target, fit))

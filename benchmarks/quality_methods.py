@@ -142,11 +142,18 @@ def make(method: Method, model: Path, target: Path, fit: dict[str, Any]) -> dict
     }
 
 
-def check_made(method: Method, target: Path, fit: dict[str, Any]) -> None:
-    """Raise ValueError unless a model that was made elsewhere is what `make` would have made.
+def check_made(method: Method, target: Path, fit: dict[str, Any]) -> int:
+    """Check that a model was made by a method, on the same calibration windows.
 
     The model says by itself how it was made: `quantization.json` or the checkpoint's provenance.
+
+    Returns:
+        On how many tokens it was trained beyond calibration.
+
+    Raises:
+        ValueError: if it was made otherwise.
     """
+    tokens = 0
     if (target / REPORT).exists():
         found = json.loads((target / REPORT).read_text(encoding="utf-8"))
         said: dict[str, Any] = {"method": found["method"]}
@@ -165,10 +172,10 @@ def check_made(method: Method, target: Path, fit: dict[str, Any]) -> None:
         said["texts"] = [text["name"] for text in record.get("texts", [])]
         if method.trains:  # whose record counts the windows of training
             said["windows"] = wanted["windows"]
-            wanted["tokens"] = fit["tokens"]
-            said["tokens"] = found.get("fit", {}).get("distill", {}).get("tokens")
+            tokens = int(found["fit"]["distill"]["tokens"])
     if said != wanted:
         raise ValueError(f"{method.key}: {target} was made by {said}, not by {wanted}.")
+    return tokens
 
 
 def bits_per_weight(target: Path) -> dict[str, float]:
