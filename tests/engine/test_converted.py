@@ -29,7 +29,7 @@ def convert_and_verify(source: Path, target: Path) -> None:
 @pytest.mark.parametrize("arch", CONFIGS)
 def test_dense_model(arch: str, tmp_path: Path) -> None:
     source, target = tmp_path / "dense", tmp_path / "packed"
-    model = random_model(arch)
+    model = random_model(arch, seed=1 if arch == "opt-350m" else 0)  # 0 repeats itself there
     for name in linear_names(model):  # as large as trained ones, or the embedding drowns them
         model.get_submodule(name).weight.data *= 16
     model.save_pretrained(source)
