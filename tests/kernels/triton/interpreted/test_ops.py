@@ -27,7 +27,7 @@ def test_opcheck(layer, M):
     x = random_x(M, CONFIG)
     torch.library.opcheck(ops.router_logits.default, (x, layer.router_weight, 2, 3, "triton"))
     torch.library.opcheck(
-        ops.linear.default,
+        torch.ops.vllm_bmos.linear.default,
         (
             x, None, layer.weight, layer.in_channel_scale, layer.out_channel_scale,
             layer.router_weight, random_bias(CONFIG), [70, 33], "triton",
