@@ -13,7 +13,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -123,10 +122,11 @@ def bench_bmos(shape: Shape, args: argparse.Namespace, load: Load) -> dict[str, 
         make_bmos_model(model, shape, args.E)
     tiny = args.work / f"tiny-E{args.E}"
     make_bmos_model(tiny, SHAPES["tiny"], args.E)
-    idle = replace(load, batches=[])
     logger.info("serving %s and %s", tiny, model)
-    tiny_first, tiny_next = (measure_server(tiny, idle, [], args.work) for _ in range(2))
-    first = measure_server(model, idle, [], args.work)
+    tiny_first, tiny_next = (
+        measure_server(tiny, load, [], args.work, rates=False) for _ in range(2)
+    )
+    first = measure_server(model, load, [], args.work, rates=False)
     found = measure_server(model, load, [], args.work)
 
     def beyond(ours: dict[str, Any], vllm: dict[str, Any]) -> float:

@@ -43,13 +43,15 @@ class Load:
     options: list[str] = field(default_factory=list)
 
 
-def measure_server(model: Path, load: Load, options: Iterable[str], work: Path) -> dict[str, Any]:
+def measure_server(
+    model: Path, load: Load, options: Iterable[str], work: Path, rates: bool = True
+) -> dict[str, Any]:
     """Serve a model, measure it, stop it.
 
     Returns:
         ready_seconds (start of the process until it answers), weights_seconds (reading and
-        re-laying the weights, from the log's whole seconds), resident_bytes, and, unless
-        `load.batches` is empty, decode_tokens_per_s by batch, prefill_tokens_per_s and ttft_ms.
+        re-laying the weights, from the log's whole seconds), resident_bytes, and, with
+        `rates`, decode_tokens_per_s by batch, prefill_tokens_per_s and ttft_ms.
     """
     server = Server(
         model,
@@ -72,7 +74,7 @@ def measure_server(model: Path, load: Load, options: Iterable[str], work: Path) 
         result["weights_seconds"] = weights_seconds(server.log_text())
         assert server.process is not None
         result["resident_bytes"] = resident_bytes(session_pids(server.process.pid))
-        if load.batches:
+        if rates:
             result |= _rates(model, server.url, load, work)
     return result
 
