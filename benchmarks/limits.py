@@ -1,10 +1,11 @@
 """What this machine can do at most, measured in the same run as what is compared with it."""
 
-import mmap
 import time
 from collections.abc import Callable
 
 import torch
+
+from vllm_bmos.kernels import large_pages
 
 READ_BYTES = 2**30
 MATRIX = 2048
@@ -23,11 +24,7 @@ def measure_limits(device: str) -> dict[str, float]:
 def _read_rate(device: str) -> float:
     if device == "cpu":
         # Huge pages, so that the limit is the memory's and not the TLB's.
-        memory = mmap.mmap(-1, READ_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            memory.madvise(mmap.MADV_HUGEPAGE)
-        values = torch.frombuffer(memory, dtype=torch.float32)
-        values.fill_(1.0)
+        values = large_pages.empty((READ_BYTES // 4,), torch.float32).fill_(1.0)
     else:
         values = torch.ones(READ_BYTES // 4, dtype=torch.float32, device=device)
     half = values.numel() // 2

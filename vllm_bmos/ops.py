@@ -9,6 +9,7 @@ before the softmax. The tensors come from `Kernel.prepare` of the kernel that is
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -75,30 +76,15 @@ def _linear_fake(
     return x.new_empty((x.shape[0], sum(shard_sizes)))
 
 
-def _cpu_linear(
-    x: torch.Tensor,
-    logits: torch.Tensor | None,
-    weight: torch.Tensor,
-    in_channel_scale: torch.Tensor,
-    out_channel_scale: torch.Tensor,
-    router_weight: torch.Tensor,
-    bias: torch.Tensor | None,
-) -> torch.Tensor:
-    tensors = LinearTensors(weight, in_channel_scale, out_channel_scale, router_weight)
-    sizes = [out_channel_scale.shape[1]]
-    return kernels()["cpu"].linear(x, logits, tensors, bias, sizes)
+# All shards of a prepared weight count as one outside the kernel.
+def _cpu_linear(*tensors: Any) -> torch.Tensor:
+    N = tensors[4].shape[1]  # of out_channel_scale
+    return _linear(*(*tensors, [N], "cpu"))
 
 
-def _cpu_linear_fake(
-    x: torch.Tensor,
-    logits: torch.Tensor | None,
-    weight: torch.Tensor,
-    in_channel_scale: torch.Tensor,
-    out_channel_scale: torch.Tensor,
-    router_weight: torch.Tensor,
-    bias: torch.Tensor | None,
-) -> torch.Tensor:
-    return x.new_empty((x.shape[0], out_channel_scale.shape[1]))
+def _cpu_linear_fake(*tensors: Any) -> torch.Tensor:
+    N = tensors[4].shape[1]
+    return _linear_fake(*(*tensors, [N], "cpu"))
 
 
 _library.impl("router_logits", _router_logits, "CompositeExplicitAutograd")

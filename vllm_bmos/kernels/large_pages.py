@@ -47,10 +47,13 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """An uninitialised CPU tensor of `shape`, on a cache line, behind the one before it."""
     global _area
     size = torch.Size(shape).numel() * dtype.itemsize
-    with _lock:
-        taken = _area.take(size) if _area else None
-        if taken is None:
-            _area = _Area(max(AREA, -(-size // PAGE) * PAGE))
-            taken = _area.take(size)
+    if size > AREA:  # it fills an area of its own, which goes when it goes
+        taken = _Area(size).take(size)
+    else:
+        with _lock:
+            taken = _area.take(size) if _area else None
+            if taken is None:
+                _area = _Area(AREA)
+                taken = _area.take(size)
     assert taken is not None
     return taken.view(dtype).view(shape)

@@ -34,8 +34,8 @@ VERSION = 2 << 56 | 10 << 48  # the version of torch whose conventions csrc/torc
 @cache
 def register(bmos: ctypes.CDLL) -> bool:
     """Make bmos_torch_linear the CPU kernel of `vllm_bmos::cpu_linear`; say whether torch can."""
-    library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
     try:
+        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
         functions = [ctypes.cast(getattr(library, name), ctypes.c_void_p) for name in FUNCTIONS]
         begin, implement = library.aoti_torch_library_init_impl, library.torch_library_impl
     except (AttributeError, OSError) as error:
