@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 
+from baselines.binary import binary_levels
 from baselines.feedback import damped, round_blocks
 from baselines.quantized import Quantized
 
@@ -101,19 +102,15 @@ def residual(W: torch.Tensor, mask: torch.Tensor, order: int = 2) -> torch.Tenso
 
 def binarize(W: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Mean +- mean distance from it, of each row's weights inside the mask; 0 outside [N, C]."""
-    count = mask.sum(dim=1, keepdim=True).clamp_min(1)
-    mean = (W * mask).sum(dim=1, keepdim=True) / count
-    scale = ((W - mean).abs() * mask).sum(dim=1, keepdim=True) / count
+    mean, scale = (level[:, None] for level in binary_levels(W, mask))
     return torch.where(W >= mean, mean + scale, mean - scale) * mask
 
 
 def _error(W: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Squared error of `binarize` inside the mask: what mean and scale of a row do not hold."""
-    inside = mask.to(W.dtype)
-    count = inside.sum(dim=1).clamp_min(1)
-    mean = (W * inside).sum(dim=1) / count
-    scale = ((W - mean[:, None]).abs() * inside).sum(dim=1) / count
-    return (W.square() * inside).sum() - (count * (mean.square() + scale.square())).sum()
+    mean, scale = binary_levels(W, mask)
+    held = mask.sum(dim=1) * (mean.square() + scale.square())
+    return (W.square() * mask).sum() - held.sum()
 
 
 def published_bits(salient: float) -> float:

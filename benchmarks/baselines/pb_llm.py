@@ -8,6 +8,7 @@ a block of 128 columns.
 
 import torch
 
+from baselines.binary import binary_levels
 from baselines.feedback import damped, round_blocks, round_columns
 from baselines.quantized import Quantized
 from baselines.uniform import Grid
@@ -45,13 +46,6 @@ def salient_mask(W: torch.Tensor, U_diagonal: torch.Tensor, share: float) -> tor
     mask = torch.zeros(cost.shape, dtype=torch.bool)
     mask[cost.topk(round(share * len(cost))).indices] = True
     return mask.view_as(W)
-
-
-def binary_levels(W: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean [N], and mean distance from it [N], of the weights of each row inside the mask."""
-    count = mask.sum(dim=1).clamp_min(1)
-    mean = (W * mask).sum(dim=1) / count
-    return mean, ((W - mean[:, None]).abs() * mask).sum(dim=1) / count
 
 
 def published_bits(share: float) -> float:
