@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from harness import common_parser, logger, machine_facts, positive_int, start, write_json
 
+from converters.evaluate import gate_entropy
+
 CHANNELS = 16  # in the figure of one layer, evenly taken from all
 
 
@@ -45,9 +47,8 @@ class Seen(NamedTuple):
 
 def describe(G: torch.Tensor, S_in: torch.Tensor, S_out: torch.Tensor) -> dict[str, Any]:
     """The numbers of one layer from its gating scores G[M,E] and its experts' scales."""
-    entropy = -(G * G.clamp_min(1e-30).log2()).sum(dim=-1)
     return {
-        "entropy_bits": float(entropy.mean()),
+        "entropy_bits": gate_entropy(G),
         "expert_share": [float(share) for share in G.mean(dim=0)],
         "top_share": [float((G.argmax(dim=-1) == e).float().mean()) for e in range(G.shape[1])],
         "in": follow(G, S_in),
@@ -81,9 +82,9 @@ def analyze(
     numbers: dict[str, dict[str, Any]] = {}
 
     def watch(name: str, layer: BinaryMosLinear, x: torch.Tensor) -> None:
-        x = x.reshape(-1, layer.in_features).float()
-        G = (x @ layer.router_weight.float().T).softmax(dim=-1)
-        seen[name] = Seen(G, layer.in_channel_scale.float(), layer.out_channel_scale.float())
+        seen[name] = Seen(
+            layer.gates(x), layer.in_channel_scale.float(), layer.out_channel_scale.float()
+        )
         numbers[name] = describe(*seen[name])
 
     for name, layer in layers.items():

@@ -38,9 +38,14 @@ def evaluate(source: Source, target: Path, text: str) -> dict[str, float]:
     return result
 
 
+def gate_entropy(G: torch.Tensor) -> float:
+    """Mean entropy of the gates G[M,E] over the tokens, in bits; at most log2(E)."""
+    return float(-(G * G.clamp_min(1e-30).log2()).sum(dim=-1).mean())
+
+
 @torch.inference_mode()
 def router_entropy(path: Path, text: str) -> dict[str, float]:
-    """Mean entropy of each layer's G on the first window of a text, in bits; at most log2(E)."""
+    """`gate_entropy` of each layer on the first window of a text."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from vllm_bmos.integrations.transformers import BinaryMosLinear
@@ -50,9 +55,7 @@ def router_entropy(path: Path, text: str) -> dict[str, float]:
     entropy: dict[str, float] = {}
 
     def watch(name: str, layer: BinaryMosLinear, inputs: tuple[torch.Tensor, ...]) -> None:
-        x = inputs[0].reshape(-1, layer.in_features).float()
-        G = (x @ layer.router_weight.float().T).softmax(dim=-1)  # [M, E]
-        entropy[name] = float(-(G * G.clamp_min(1e-30).log2()).sum(dim=-1).mean())
+        entropy[name] = gate_entropy(layer.gates(inputs[0]))
 
     for name, module in model.named_modules():
         if isinstance(module, BinaryMosLinear):

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from converters.evaluate import gate_entropy
 from converters.fitting.student import TrainableLinear, trainable_layers
 from converters.structure import IN_BLOCK
 from vllm_bmos.checkpoint.format import IN_SCALE, OUT_SCALE, ROUTER
@@ -104,7 +105,7 @@ def split(student: Any, tokens: torch.Tensor, E: int, seed: int) -> dict[str, Te
             with torch.enable_grad():
                 R = fit_router(x, cluster(x, E, generator), E)
             G = (x @ R.T).softmax(dim=-1)
-            entropy.append(float(-(G * G.clamp_min(1e-30).log2()).sum(-1).mean()))
+            entropy.append(gate_entropy(G))
             last[:] = inputs[0], R
         packed = layer.pack(torch.float32)
         for scale in (IN_SCALE, OUT_SCALE):

@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import tempfile
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
@@ -146,20 +147,7 @@ class Fit:
         )
 
     def _sample(self, plan: Plan) -> Calibration:
-        import tempfile
-
-        from transformers import AutoTokenizer
-
-        with tempfile.TemporaryDirectory() as folder:
-            for name, data in plan.side_files.items():
-                (Path(folder) / name).write_bytes(data)
-            try:
-                tokenizer = AutoTokenizer.from_pretrained(folder)
-            except (OSError, ValueError) as error:
-                raise FormatError(
-                    f"{plan.source.path} has no tokenizer that transformers can load ({error}); "
-                    "fitting on text needs one."
-                ) from None
+        tokenizer = tokenizer_of(plan)
         options = self.options
         own = [name for name in options.calibration if name.startswith(SELF)]
         others = [name for name in options.calibration if not name.startswith(SELF)]
@@ -259,6 +247,26 @@ class Fit:
         root = FitFolder.path(target.absolute())
         if root.exists():
             FitFolder.delete(root)
+
+
+def tokenizer_of(plan: Plan) -> Any:
+    """The tokenizer of a source, from the files that the conversion would put beside the result.
+
+    Raises:
+        FormatError: if transformers cannot load it.
+    """
+    from transformers import AutoTokenizer
+
+    with tempfile.TemporaryDirectory() as folder:
+        for name, data in plan.side_files.items():
+            (Path(folder) / name).write_bytes(data)
+        try:
+            return AutoTokenizer.from_pretrained(folder)
+        except (OSError, ValueError) as error:
+            raise FormatError(
+                f"{plan.source.path} has no tokenizer that transformers can load ({error}); "
+                "fitting on text needs one."
+            ) from None
 
 
 def stages_up_to(stage: str) -> Iterator[str]:

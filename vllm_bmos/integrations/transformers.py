@@ -85,6 +85,11 @@ class BinaryMosLinear(nn.Module):
             y = output_layer_norm(y, self.bias, [self.out_features])
         return y.view(*x.shape[:-1], self.out_features)
 
+    def gates(self, x: torch.Tensor) -> torch.Tensor:
+        """G[M,E] in float32, of x[..., K] with M tokens."""
+        x = x.reshape(-1, self.in_features).float()
+        return (x @ self.router_weight.float().T).softmax(dim=-1)
+
 
 class BinaryMosHfConfig(QuantizationConfigMixin):
     """`quantization_config` of config.json as transformers holds it."""
