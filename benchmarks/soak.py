@@ -51,9 +51,7 @@ from traffic import (
 )
 
 sys.path.append(str(REPOSITORY))  # examples/ is not installed
-from vllm_bench import session_pids
-
-from examples.server import Server
+from examples.server import Server, session_pids
 
 SAMPLE_SECONDS = 5.0
 WARM_UP = 0.25  # of the run, in which caches fill

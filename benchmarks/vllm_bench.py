@@ -14,7 +14,7 @@ from typing import Any
 
 from harness import logger, resident_bytes
 
-from examples.server import Server
+from examples.server import Server, session_pids
 
 DECODE_PROMPT = 32
 PREFILL_REPEATS = 3
@@ -87,18 +87,6 @@ def weights_seconds(log: str) -> float | None:
         return None
     first, last = (datetime.strptime(m[1], "%m-%d %H:%M:%S") for m in (before, after))
     return (last - first).total_seconds()
-
-
-def session_pids(leader: int) -> list[int]:
-    """Every process of the session that `leader` began."""
-    pids = []
-    for entry in Path("/proc").iterdir():
-        try:
-            if entry.name.isdigit() and os.getsid(int(entry.name)) == leader:
-                pids.append(int(entry.name))
-        except ProcessLookupError:
-            continue
-    return pids
 
 
 def _rates(model: Path, url: str, load: Load, work: Path) -> dict[str, Any]:

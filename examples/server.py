@@ -124,6 +124,18 @@ def answers(url: str) -> bool:
         return False
 
 
+def session_pids(leader: int) -> list[int]:
+    """Every process of the session that `leader` began."""
+    pids = []
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and os.getsid(int(entry.name)) == leader:
+                pids.append(int(entry.name))
+        except ProcessLookupError:
+            continue
+    return pids
+
+
 def free_port(wanted: int = 0) -> int:
     """`wanted` if nothing listens there, else any free port of the loopback address."""
     for port in (wanted, 0):

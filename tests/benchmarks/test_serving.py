@@ -5,7 +5,9 @@ import pytest
 import serving
 from harness import resident_bytes
 from make_model import SHAPES
-from vllm_bench import Load, session_pids, weights_seconds
+from vllm_bench import Load, weights_seconds
+
+from examples.server import session_pids
 
 LOG = """\
 (Worker pid=7) INFO 11-22 00:59:58 [base_loader.py:82] Initializing model took 0.2 seconds

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from tests.engine.compare import (
     NEW_TOKENS,
@@ -12,27 +11,12 @@ from tests.engine.compare import (
     Answer,
     answer_of,
     assert_same,
-    assert_varied,
     engine,
     generate,
-    reference_answers,
     vllm_answers,
 )
-from tests.tiny import make_packed
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_packed("llama", tmp_path_factory.mktemp("packed"))
-
-
-@pytest.fixture(scope="module")
-def expected(packed: Path) -> list[Answer]:
-    answers = reference_answers(packed, torch.float32)
-    assert_varied(answers)
-    return answers
 
 
 @pytest.mark.feature(

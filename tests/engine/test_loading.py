@@ -26,18 +26,6 @@ from tests.tiny import make_packed, random_model
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_packed("llama", tmp_path_factory.mktemp("packed"))
-
-
-@pytest.fixture(scope="module")
-def expected(packed: Path) -> list[Answer]:
-    answers = reference_answers(packed, torch.float32)
-    assert_varied(answers)
-    return answers
-
-
 @pytest.mark.feature("Loading", "safetensors in several files", against="transformers")
 def test_sharded_safetensors_give_the_same_answers(
     packed: Path, expected: list[Answer], tmp_path: Path

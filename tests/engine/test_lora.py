@@ -16,14 +16,9 @@ from tests.engine.compare import (
     model_answers,
     reference_model,
 )
-from tests.tiny import make_packed, random_model
+from tests.tiny import random_model
 
 PROJECTIONS = "LoRA on all seven projections; two adapters and none in one batch"
-
-
-@pytest.fixture(scope="module")
-def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_packed("llama", tmp_path_factory.mktemp("lora") / "packed")
 
 
 @pytest.fixture(scope="module")

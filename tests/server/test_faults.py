@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from openai import APIError, OpenAI
 
-from examples.server import Server, ServerError
+from examples.server import Server, ServerError, session_pids
 from tests.tiny import add_tokenizer, make_packed
 
 pytestmark = pytest.mark.slow
@@ -47,12 +47,9 @@ def session(server: Server) -> dict[int, str]:
     """The names of the server's processes."""
     assert server.process is not None
     found = {}
-    for entry in Path("/proc").iterdir():
-        try:
-            if entry.name.isdigit() and os.getsid(int(entry.name)) == server.process.pid:
-                found[int(entry.name)] = (entry / "cmdline").read_bytes().decode()
-        except (ProcessLookupError, FileNotFoundError):
-            continue
+    for pid in session_pids(server.process.pid):
+        with suppress(ProcessLookupError, FileNotFoundError):
+            found[pid] = Path(f"/proc/{pid}/cmdline").read_bytes().decode()
     return found
 
 
