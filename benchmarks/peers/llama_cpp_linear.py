@@ -21,9 +21,6 @@ QUANTIZED_BLOCK = 256  # K of TQ2_0 must be a multiple of it; of Q1_0 of 128, of
 BITS = {"q1_0": 1.125, "tq2_0": 2.0625, "q4_0": 4.5}
 PRODUCTS_PER_GRAPH = 8
 OUTPUT_BYTES = 2**30  # each product of each graph has an output of its own
-# ggml configures the AMX tiles of a thread once and for all, while oneDNN, which would share its
-# OpenMP threads, reconfigures them: calls from a thread of its own get OpenMP threads of their own.
-_THREAD = ThreadPoolExecutor(max_workers=1)
 SMALL_M = 16  # above it the start of the threads is nothing beside one product
 
 
@@ -91,7 +88,15 @@ class _LoadedGraphs(Loaded):
 
 
 def _in_own_thread(function: Callable[[], Any]) -> Any:
-    return _THREAD.submit(function).result()
+    """Run a function in a new thread, and thus on OpenMP threads that no one else uses.
+
+    ggml configures the AMX tiles of a thread once and for all; oneDNN, which would share its OpenMP
+    threads, reconfigures them. The thread ends at once and its OpenMP threads with it: libgomp
+    counts all threads, and where there are more than processors, it sends every pool to sleep
+    between calls, which costs each provider's every call 40 us.
+    """
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        return thread.submit(function).result()
 
 
 def probe() -> None:
