@@ -5,6 +5,7 @@ ring that is larger than the caches reads the weights from memory, as a real mod
 a ring of one copy keeps them in the caches ("hot").
 """
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Hashable, Mapping
@@ -163,10 +164,16 @@ class CudaTimer:
 
 
 def time_interleaved(rings: Mapping[Key, Ring], timer: Timer, rounds: int) -> dict[Key, Summary]:
-    """Time every ring, a round of each in turn, so that noise of the machine meets all alike."""
+    """Time every ring, a round of each in turn, so that noise of the machine meets all alike.
+
+    The order is another one in each round: what ran just before leaves its mark (the clock after
+    wide arithmetic, the caches), and should not always leave it on the same ring.
+    """
     samplers = {key: timer.sampler(ring) for key, ring in rings.items()}
     samples: dict[Key, list[float]] = {key: [] for key in rings}
+    order, shuffler = list(samplers), random.Random(0)
     for _ in range(rounds):
-        for key, sampler in samplers.items():
-            samples[key] += sampler()
+        shuffler.shuffle(order)
+        for key in order:
+            samples[key] += samplers[key]()
     return {key: summarize(taken) for key, taken in samples.items()}
