@@ -1,15 +1,15 @@
 """Quality of BinaryMoS and of the methods its paper compares with, on one model and one budget.
 
     python benchmarks/quality.py --model MODEL --work DIR --text wiki.test.raw --limit 8
-    python benchmarks/quality.py ... --compare experts --stage qat      # E = 1, 2, 4, 8
-    python benchmarks/quality.py ... --compare calibration              # C4, Wikipedia, both
+    python benchmarks/quality.py ... --compare experts                      # E = 1, 2, 4, 8
+    python benchmarks/quality.py ... --compare calibration --stage hessian  # C4, Wikipedia, both
     python benchmarks/quality.py --predict-cost LLaMA-1/2-7B            # from the rows so far
 
 Every method is made in DIR by a command of its own, on the same calibration windows. Its model is
 then scored by perplexity.py and, with --zero-shot, by zero_shot.py. A row is written when it is
 complete and never made again; an interrupted method continues. Stages kd-scales and qat see
 --tokens in addition: their rows say so. Baselines are dense models with quantized values. A model
-that was made elsewhere, on the same calibration windows, is scored where it is: --made qat-e4=DIR.
+that was made elsewhere, on the same calibration windows, is scored where it is: --made qat-e1=DIR.
 """
 
 import argparse
@@ -35,6 +35,7 @@ from perplexity import BACKENDS
 from plots import plot_quality
 from quality_cost import cost_table, shapes_of
 from quality_methods import (
+    CALIBRATION,
     COMPARISONS,
     PAPER,
     Method,
@@ -124,6 +125,8 @@ def _script(
 
 def run(args: argparse.Namespace) -> None:
     """Complete the rows of the chosen methods, one after the other."""
+    if args.stage and args.compare != CALIBRATION:
+        raise ValueError(f"--stage {args.stage}: only --compare {CALIBRATION} takes a stage.")
     result = open_results(args)
     chosen = methods(args.compare, args.stage)
     known = [method.key for method in chosen]
@@ -177,7 +180,7 @@ def main() -> int:
     parser.add_argument(
         "--made", type=_made, action="append", default=[], metavar="KEY=DIR", help="see above"
     )
-    parser.add_argument("--stage", default="qat", help="of the ablations")
+    parser.add_argument("--stage", help="of the ablation over calibration texts (default: qat)")
     parser.add_argument("--text", type=Path, nargs="+", default=[], help="as of perplexity.py")
     parser.add_argument("--context", type=positive_int, default=2048, help="tokens in a window")
     parser.add_argument("--limit", type=positive_int, help="score only the first windows")

@@ -14,7 +14,7 @@ from harness import REPOSITORY
 from quantize import BY_LAYER, FLOAT16, OMNIQUANT, REPORT
 
 from converters.calibration import CACHE, MEMBERS
-from converters.fitting import FITTED_STAGES, STAGES
+from converters.fitting import FITTED_STAGES, STAGES, distill
 from vllm_bmos.checkpoint.container import spec_bytes
 from vllm_bmos.checkpoint.format import CONFIG_FILE
 from vllm_bmos.checkpoint.reader import Checkpoint
@@ -23,7 +23,8 @@ QUANTIZE = REPOSITORY / "benchmarks" / "quantize.py"
 CONVERT = REPOSITORY / "converters" / "hf_to_bmos.py"
 PAPER, EXPERTS, CALIBRATION = "paper", "experts", "calibration"
 COMPARISONS = (PAPER, EXPERTS, CALIBRATION)
-EQUAL_EXPERTS = ("svid", "hessian")  # stages whose experts are equal: any E is OneBit
+# Stages whose experts are equal: any E is OneBit.
+EQUAL_EXPERTS = tuple(stage for stage in (*STAGES, *FITTED_STAGES) if stage != distill.EXPERTS)
 NAMES = {
     FLOAT16: "Float16",
     "gptq": "GPTQ, 2 bit, groups of 128",
@@ -63,11 +64,18 @@ class Method:
         return self.stage in FITTED_STAGES and FITTED_STAGES[str(self.stage)] is not None
 
 
-def methods(comparison: str, stage: str) -> list[Method]:
-    """The methods of a comparison; `stage` is the one whose ablation is asked for."""
+def methods(comparison: str, stage: str | None = None) -> list[Method]:
+    """The methods of a comparison.
+
+    Args:
+        comparison: one of COMPARISONS.
+        stage: of the ablation over calibration texts; `qat` if not given. The one over E is of
+            the only stage whose experts differ.
+    """
     if comparison == EXPERTS:
-        return [_ours(stage, E) for E in (1, 2, 4, 8)]
+        return [_ours(distill.EXPERTS, E) for E in (1, 2, 4, 8)]
     if comparison == CALIBRATION:
+        stage = stage or distill.QAT
         E = 1 if stage in EQUAL_EXPERTS else 4
         single = [_ours(stage, E, name.partition(".")[0], str(CACHE / name)) for name in MEMBERS]
         return [*single, _ours(stage, E)]

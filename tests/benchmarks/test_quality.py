@@ -94,24 +94,25 @@ def test_other_settings_and_unknown_methods_are_refused(folder, monkeypatch, cap
 
 
 def test_the_comparisons_are_those_of_the_paper():
-    paper = [method.key for method in quality_methods.methods("paper", "qat")]
+    paper = [method.key for method in quality_methods.methods("paper")]
     assert paper[:5] == ["float16", "omniquant", "gptq", "pb-llm", "billm"]
-    assert {"svid-e1", "hessian-e1", "qat-e1", "qat-e4"} <= set(paper) and "svid-e4" not in paper
-    experts = quality_methods.methods("experts", "qat")
-    assert [method.E for method in experts] == [1, 2, 4, 8]
-    sets = quality_methods.methods("calibration", "qat")
-    assert [method.key for method in sets] == ["qat-e4-c4", "qat-e4-wiki", "qat-e4"]
+    assert {"hessian-e1", "qat-e1", "experts-e1", "experts-e4"} <= set(paper)
+    assert not {"svid-e4", "qat-e4"} & set(paper)  # their experts are equal
+    experts = [method.key for method in quality_methods.methods("experts")]
+    assert experts == ["experts-e1", "experts-e2", "experts-e4", "experts-e8"]
+    sets = quality_methods.methods("calibration")
+    assert [method.key for method in sets] == ["qat-e1-c4", "qat-e1-wiki", "qat-e1"]
     assert sets[0].texts[0].endswith("c4.utf8") and sets[2].texts == ()
-    assert len({method.key for method in [*experts, *sets]}) == 6  # qat-e4 is shared
+    assert quality_methods.methods("calibration", "experts")[2].key == "experts-e4"
 
 
 def test_every_method_has_the_same_calibration_flags(tmp_path):
     fit = {"windows": 5, "length": 64, "seed": 3, "calibration": ["a.txt"], "tokens": 9}
     fit |= {"steps": 2, "batch": 1}
-    for method in quality_methods.methods("paper", "qat"):
+    for method in quality_methods.methods("paper"):
         line = " ".join(quality_methods.command(method, tmp_path, tmp_path / "out", fit))
         assert "--windows 5 --length 64 --seed 3 --calibration a.txt" in line
-    only_c4 = quality_methods.methods("calibration", "qat")[0]
+    only_c4 = quality_methods.methods("calibration")[0]
     line = quality_methods.command(only_c4, tmp_path, tmp_path / "out", fit)
     assert "a.txt" not in line and line[line.index("--calibration") + 1].endswith("c4.utf8")
 
@@ -155,14 +156,14 @@ def test_a_packed_model_made_elsewhere_needs_its_stage_and_experts(tmp_path):
     config["quantization_config"]["provenance"] = {"stage": "svid"}
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
     fit = {"windows": 5, "length": 64, "seed": 3, "calibration": ["a.txt"], "tokens": 9}
-    methods = {method.key: method for method in quality_methods.methods("paper", "qat")}
+    methods = {method.key: method for method in quality_methods.methods("paper")}
     quality_methods.check_made(methods["svid-e1"], tmp_path / "model", fit)
     with pytest.raises(ValueError, match="not by"):
         quality_methods.check_made(methods["hessian-e1"], tmp_path / "model", fit)
 
 
 def test_a_model_that_is_there_is_not_made_again(tmp_path, monkeypatch):
-    (method,) = [m for m in quality_methods.methods("paper", "qat") if m.key == "float16"]
+    (method,) = [m for m in quality_methods.methods("paper") if m.key == "float16"]
     (tmp_path / "quantization.json").write_text(json.dumps({"method": "float16"}))
     monkeypatch.setattr(quality_methods, "command", None)
     assert quality_methods.make(method, tmp_path, tmp_path, {}) is None
@@ -190,7 +191,7 @@ def test_cost_is_proportional_to_layers():
 def test_training_costs_more_than_the_stage_that_it_starts_from():
     shapes, settings = [(64, 64)], {"windows": 4, "length": 64, "steps": 1, "batch": 1}
     hessian = {"key": "hessian-e1", "stage": "hessian", "trained_tokens": 0}
-    qat = {"key": "qat-e4", "stage": "qat", "trained_tokens": 10_000}
+    qat = {"key": "qat-e1", "stage": "qat", "trained_tokens": 10_000}
     costs = [quality_cost.operations(row, shapes, settings) for row in (hessian, qat)]
     assert costs[1] - costs[0] == 8 * 64 * 64 * 10_000
 
