@@ -46,7 +46,8 @@ QUICK_SHAPES = ["4096x4096", "4096x11008"]
 QUICK_M = [1, 512]
 MIN_COLD_BYTES = 256 * 10**6
 MAX_COPIES = 512
-WARM_UP_SECONDS = 0.5  # for each case; copies that are not reached are not timed either
+# For each case; copies that are not reached are not timed either.
+WARM_UP_SECONDS, QUICK_WARM_UP_SECONDS = 0.5, 0.2
 HOT_M = 16  # above it the weights' place no longer matters
 
 
@@ -77,7 +78,7 @@ def main() -> int:
     wrong: list[str] = []
     for K, N in args.shapes:
         weights = Weights.random(K, N, DTYPES[args.dtype], device)
-        for row in bench_shape(weights, peers, args.M, args.rounds, timer, wrong):
+        for row in bench_shape(weights, peers, args, timer, wrong):
             rows.append(row | rates(row, limits))
         print_table(rows, K, N)
         release_memory()
@@ -151,19 +152,19 @@ def usable_peers(names: list[str], E: int, device: str) -> tuple[list[Peer], dic
 def bench_shape(
     weights: Weights,
     peers: list[Peer],
-    Ms: list[int],
-    rounds: int,
+    args: argparse.Namespace,
     timer: Timer,
     wrong: list[str],
 ) -> Iterator[dict[str, Any]]:
     """Check, then time every case of one shape; the messages of wrong results go to `wrong`."""
     loaded = dict(load_cases(weights, peers))
-    x = weights.activations(max(Ms))
+    warm_up_seconds = QUICK_WARM_UP_SECONDS if args.quick else WARM_UP_SECONDS
+    x = weights.activations(max(args.M))
     truths = {
         E: weights.layer_truth(x, E) if E else weights.product_truth(x)
         for E in {case.E for case in loaded}
     }
-    for M in Ms:
+    for M in args.M:
         for hot in (False, True) if M <= HOT_M else (False,):
             rings: dict[Case, Ring] = {}
             errors: dict[Case, float] = {}
@@ -171,14 +172,14 @@ def bench_shape(
                 ring = copies.ring(x[:M], hot)
                 errors[case] = relative_error(ring, truths[case.E][:M])
                 if errors[case] <= case.mode.tolerance:
-                    rings[case] = warm_up(ring, WARM_UP_SECONDS)
+                    rings[case] = warm_up(ring, warm_up_seconds)
                     continue
                 wrong.append(
                     f"{case} K={weights.K} N={weights.N} M={M}: relative error "
                     f"{errors[case]:.2e} is above {case.mode.tolerance:.0e}; not timed"
                 )
                 logger.error("wrong result: %s", wrong[-1])
-            for case, summary in time_interleaved(rings, timer, rounds).items():
+            for case, summary in time_interleaved(rings, timer, args.rounds).items():
                 yield {
                     "provider": case.provider,
                     "mode": case.mode.name,

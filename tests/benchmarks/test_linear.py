@@ -69,7 +69,8 @@ def test_command_line_writes_rows_and_plot(tmp_path: Path):
 def test_wrong_result_is_reported_and_not_timed():
     weights = Weights.random(64, 48, torch.float32, "cpu")
     wrong: list[str] = []
-    rows = list(linear.bench_shape(weights, [Broken()], [2], 1, CpuTimer(), wrong))
+    args = linear.parse_args(["--M", "2", "--rounds", "1"])
+    rows = list(linear.bench_shape(weights, [Broken()], args, CpuTimer(), wrong))
     assert [row["weights"] for row in rows] == ["hot"]  # the first copy is right
     assert len(wrong) == 1
     assert "broken:float32 K=64 N=48 M=2" in wrong[0]

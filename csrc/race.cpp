@@ -1,0 +1,111 @@
+// Looks for data races: runs layers on threads of its own, which the thread sanitizer sees through
+// (it does not see through an OpenMP runtime that was built without it). csrc/sanitize.sh builds it.
+//
+// Two callers work at the same time, as the threads of a server may. Every result is compared with
+// that of one thread, which must have the same bits.
+
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <sstream>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "bmos.h"
+
+namespace {
+thread_local int this_thread = 0, team_size = 1;
+}
+
+// The three functions of an OpenMP runtime that the library looks for.
+extern "C" {
+int omp_get_thread_num() { return this_thread; }
+int omp_get_num_threads() { return team_size; }
+void GOMP_parallel(void (*body)(void*), void* data, unsigned threads, unsigned) {
+    const auto run = [=](int number) {
+        this_thread = number;
+        team_size = int(threads);
+        body(data);
+        this_thread = 0;
+        team_size = 1;
+    };
+    std::vector<std::thread> others;
+    for (unsigned i = 1; i < threads; ++i) others.emplace_back(run, int(i));
+    run(0);
+    for (std::thread& other : others) other.join();
+}
+}
+
+namespace {
+
+struct Layer {
+    int64_t K, E;
+    std::vector<int64_t> shards;
+    std::vector<char> packed;
+    std::vector<float> s_in, s_out, router, x;
+    int64_t N = 0;
+
+    Layer(int64_t K, std::vector<int64_t> sizes, int64_t E, int mode, int64_t M)
+        : K(K), E(E), shards(std::move(sizes)) {
+        const int64_t S = int64_t(shards.size());
+        for (int64_t n : shards) N += n;
+        std::vector<uint8_t> bits(N * ((K + 7) / 8));
+        for (uint8_t& byte : bits) byte = uint8_t(next());
+        packed.resize(bmos_packed_bytes(K, shards.data(), S));
+        expect(bmos_pack(bits.data(), K, shards.data(), S, E, BMOS_F32, mode, packed.data(), 3));
+        for (auto [numbers, size] : {std::pair{&s_in, S * E * K}, {&s_out, E * N},
+                                     {&router, S * E * K}, {&x, M * K}}) {
+            numbers->resize(size);
+            for (float& number : *numbers) number = float(int(next() % 2001) - 1000) / 1000;
+        }
+    }
+
+    std::vector<float> outputs(int64_t M, int threads) const {
+        std::vector<float> y(M * N);
+        expect(bmos_linear(x.data(), BMOS_F32, M, K, nullptr, packed.data(), s_in.data(),
+                           s_out.data(), router.data(), nullptr, 0, y.data(), N, threads));
+        return y;
+    }
+
+    static void expect(int status) {
+        if (status == BMOS_OK) return;
+        std::fprintf(stderr, "race: %s\n", bmos_status(status));
+        std::exit(1);
+    }
+
+private:
+    uint32_t state = 1;
+    uint32_t next() { return (state = state * 1664525 + 1013904223) >> 8; }
+};
+
+void check(const char* isa, const Layer& layer, int64_t M) {
+    const std::vector<float> one = layer.outputs(M, 1);
+    const auto compare = [&](int threads) {
+        const std::vector<float> many = layer.outputs(M, threads);
+        if (std::memcmp(one.data(), many.data(), one.size() * sizeof(float)) == 0) return;
+        std::fprintf(stderr, "race: %s, M=%d: %d threads give other bits\n", isa, int(M), threads);
+        std::exit(1);
+    };
+    std::thread caller(compare, 2);
+    compare(3);
+    caller.join();
+}
+
+}  // namespace
+
+int main() {
+    constexpr int64_t kMost = 70;
+    std::istringstream names(bmos_isas());
+    for (std::string isa; names >> isa;) {
+        bmos_use_isa(isa.c_str());
+        for (int mode : {BMOS_INT8, BMOS_DEFAULT, BMOS_EXACT}) {
+            const Layer plain(1100, {200}, 4, mode, kMost), merged(600, {96, 33}, 3, mode, kMost);
+            for (int64_t M : {int64_t(1), int64_t(5), kMost}) {
+                check(isa.c_str(), plain, M);
+                check(isa.c_str(), merged, M);
+            }
+        }
+        std::printf("%s: no race\n", isa.c_str());
+    }
+}
