@@ -45,6 +45,10 @@ PROVIDERS = ("vllm_bmos", "vllm_bf16", "llama_cpp")
 LLAMA_TYPES = ("q1_0", "q4_0")
 
 
+class PeerError(RuntimeError):
+    """Another project's program failed; its own message follows."""
+
+
 def main() -> int:
     """Run the command line."""
     args = parse_args()
@@ -80,7 +84,12 @@ def bench(
     if "llama_cpp" in args.providers:
         reason = LlamaCpp().unavailable()
         if reason is None:
-            yield from (bench_llama_cpp(type_name, args) for type_name in LLAMA_TYPES)
+            for type_name in LLAMA_TYPES:
+                try:
+                    yield bench_llama_cpp(type_name, args)
+                except PeerError as error:
+                    missing[f"llama_cpp {type_name}"] = str(error)
+                    logger.warning("missing: llama_cpp %s: %s", type_name, error)
         else:
             missing["llama_cpp"] = reason
             logger.warning("missing: llama_cpp: %s", reason)
@@ -185,9 +194,9 @@ def bench_llama_cpp(type_name: str, args: argparse.Namespace) -> dict[str, Any]:
     logger.info("llama.cpp %s", type_name)
     run = subprocess.run(command, capture_output=True, text=True)
     if run.returncode != 0:
-        raise RuntimeError(
-            f"{' '.join(command)} failed with status {run.returncode} (-9: killed, as when memory "
-            f"is short):\n{run.stderr[-2000:]}"
+        raise PeerError(
+            f"llama_bench.py failed with status {run.returncode} (-9: killed, as when memory is "
+            f"short; -11: a segmentation fault): {run.stderr[-2000:]}"
         )
     return {"provider": "llama_cpp", "mode": type_name, **json.loads(run.stdout)}
 
