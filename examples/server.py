@@ -51,8 +51,8 @@ class Server:
         # vLLM's CPU worker leaves a core idle by default, which is half of a small machine.
         self.env = {**os.environ, "VLLM_CPU_NUM_OF_RESERVED_CPU": "0", **(env or {})}
         self.env.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-        # On a CPU vLLM writes compiled models of this kind to its cache and cannot read them (it logs
-        # "Compiling model again due to a load failure"); without it torch's own cache is used.
+        # On a CPU vLLM 0.32 cannot read back the compiled model that it saves ("Compiling model
+        # again due to a load failure"); without that, torch's own cache is used.
         self.env.setdefault("VLLM_USE_AOT_COMPILE", "0")
         self.process: subprocess.Popen[bytes] | None = None
 
