@@ -6,14 +6,15 @@ from typing import Any
 
 import torch
 
-from converters.options import Options
+from converters.moe import expert_shapes, is_experts
 from vllm_bmos.checkpoint.format import FormatError, TensorSpec
 
 # Blocks are numbered. What lies outside them (embeddings, heads, projections) stays dense.
 IN_BLOCK = re.compile(r"\.\d+\.")
 # A MoE block's routing layer: tiny, and its choice of experts is too sensitive for one bit.
 MOE_GATE = re.compile(r"\.(gate|router|shared_expert_gate)$")
-MOE_EXPERT = re.compile(r"\.(experts|expert)\.|\.experts\b")
+# What Mixtral's files call the block that transformers calls mlp.
+MOE_BLOCKS = (".mlp.", ".block_sparse_moe.")
 
 
 def decoder_linears(
@@ -38,18 +39,27 @@ def decoder_linears(
     model = meta_model(model_config, len(specs))
     decoder = set(model.get_decoder().modules())  # leaves the vision tower of a larger model out
     found: dict[str, tuple[int, int]] = {}
+    prefix = model.base_model_prefix
     for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) and module in decoder and IN_BLOCK.search(name):
-            if MOE_GATE.search(name):
-                continue
-            on_disk = _name_on_disk(name, model.base_model_prefix, specs)
-            shape = (module.out_features, module.in_features)
-            if specs[f"{on_disk}.weight"].shape != shape:
-                raise FormatError(
-                    f"{on_disk}.weight: config.json asks for {list(shape)}, found "
-                    f"{specs[f'{on_disk}.weight']}. Config and weights are of different models."
-                )
-            found[on_disk] = shape
+        if module not in decoder or not IN_BLOCK.search(name) or MOE_GATE.search(name):
+            continue
+        if isinstance(module, torch.nn.Linear):
+            on_disk = _name_on_disk(name, prefix, specs)
+            found[on_disk] = module.out_features, module.in_features
+        elif is_experts(module):
+            paths = [
+                path.replace(MOE_BLOCKS[0], block)
+                for path in (name, name.removeprefix(f"{prefix}."))
+                for block in MOE_BLOCKS
+            ]
+            found |= expert_shapes(module, paths, specs)
+    for name, shape in found.items():
+        weight = specs.get(f"{name}.weight")
+        if weight is None or weight.shape != shape:
+            raise FormatError(
+                f"{name}.weight: config.json asks for {list(shape)}, found {weight or 'none'}. "
+                "Config and weights are of different models, or the source is incomplete."
+            )
     return found
 
 
@@ -87,16 +97,6 @@ def meta_model(model_config: Mapping[str, Any], tensors: int) -> Any:
             f"config.json: transformers cannot build this {model_type} model "
             f"({type(error).__name__}: {error})."
         ) from None
-
-
-def refuse_experts(specs: Mapping[str, TensorSpec], options: Options) -> None:
-    """Raise FormatError naming the first tensor of a MoE expert that is not ignored."""
-    for name in specs:
-        if MOE_EXPERT.search(name) and not options.ignores(name):
-            raise FormatError(
-                f"{name}: quantized MoE experts are not supported; that needs a fused 1-bit MoE "
-                r"kernel. Pass --ignore '\.experts' to keep the experts as they are."
-            )
 
 
 def _name_on_disk(name: str, prefix: str, specs: Mapping[str, TensorSpec]) -> str:

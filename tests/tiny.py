@@ -6,7 +6,8 @@ safetensors alone, so that a mistake in one of them shows.
 
 import hashlib
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -20,12 +21,14 @@ from transformers import (
     GemmaConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     OPTConfig,
     Phi3Config,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 VOCAB = 512
@@ -65,10 +68,24 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
 }
 
 
+# Mixtures of experts. The routers choose 2 of 5 feed-forward experts, and weights differ from 1/2.
+MOE_CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
+    "mixtral": lambda: MixtralConfig(**GQA, num_local_experts=5, num_experts_per_tok=2),
+    "qwen3-moe": lambda: Qwen3MoeConfig(
+        **HEADS,
+        moe_intermediate_size=96,
+        num_experts=5,
+        num_experts_per_tok=2,
+        norm_topk_prob=False,
+        mlp_only_layers=[0],
+    ),
+}
+
+
 def random_model(arch: str, seed: int = 0) -> PreTrainedModel:
     """A dense fp32 model whose greedy continuations vary: tests assert that they do."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(CONFIGS[arch](), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config((CONFIGS | MOE_CONFIGS)[arch](), dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1:
@@ -80,6 +97,8 @@ def random_model(arch: str, seed: int = 0) -> PreTrainedModel:
                     parameter.add_(25)
             elif "embed" in name or "lm_head" in name:
                 parameter.mul_(12)
+            elif name.endswith("mlp.gate.weight"):
+                parameter.mul_(4)
     return model.eval()
 
 
@@ -90,6 +109,13 @@ def linear_names(model: PreTrainedModel) -> list[str]:
         name
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and module is not head
+    ]
+
+
+def expert_names(tensors: Iterable[str]) -> list[str]:
+    """Every layer of a feed-forward expert, of the names of a checkpoint's tensors."""
+    return [
+        name.removesuffix(".weight") for name in tensors if re.search(r"\.experts\.\d+\.", name)
     ]
 
 
@@ -105,10 +131,12 @@ def make_packed(
     # transformers decides how the model's own tensors are named on disk.
     model.save_pretrained(path)
     tensors = load_file(path / "model.safetensors")
-    modules = linear_names(model)
+    modules = linear_names(model) + expert_names(tensors)
     for name in modules:
         N, K = tensors.pop(f"{name}.weight").shape
-        signs = np.random.default_rng([seed, len(name), N, K]).integers(0, 2, (N, K), np.uint8)
+        expert = map(int, re.findall(r"\.experts\.(\d+)", name))
+        random = np.random.default_rng([seed, len(name), N, K, *expert])
+        signs = random.integers(0, 2, (N, K), np.uint8)
         tensors[f"{name}.weight_packed"] = torch.from_numpy(
             np.packbits(signs, axis=1, bitorder="little")
         )

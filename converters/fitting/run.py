@@ -28,7 +28,7 @@ from converters.plan import Plan
 from converters.sources import Source
 from converters.sources.base import PackedLayer
 from converters.workspace import check_free
-from vllm_bmos.checkpoint.format import MANIFEST_FILE, REQUIRED, FormatError
+from vllm_bmos.checkpoint.format import FFN_EXPERT, MANIFEST_FILE, REQUIRED, FormatError
 from vllm_bmos.checkpoint.reader import Checkpoint
 
 logger = logging.getLogger(__name__)
@@ -118,6 +118,12 @@ class Fit:
             raise FormatError(
                 f"--stage {stage}: {plan.source.path} is binary already; only a dense model can "
                 "be fitted. Leave --stage out."
+            )
+        experts = [name for name in plan.source.modules if FFN_EXPERT.fullmatch(name)]
+        if experts:
+            raise FormatError(
+                f"{experts[0]}: --stage {stage} cannot fit the experts of a mixture-of-experts "
+                r"model. Use --stage svid, or keep them dense with --ignore '\.experts'."
             )
         self.stage, self.options = stage, options
         self.source = FittedSource(plan.source, stage)

@@ -4,10 +4,9 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, MixtralConfig
+from transformers import AutoModelForCausalLM
 
-from converters.options import Options
-from converters.structure import decoder_linears, meta_model, refuse_experts
+from converters.structure import decoder_linears, meta_model
 from tests.tiny import CONFIGS, linear_names
 from vllm_bmos.checkpoint.format import FormatError, TensorSpec
 
@@ -67,26 +66,3 @@ def test_a_config_that_transformers_cannot_build():
     config = {"model_type": "llama", "num_hidden_layers": 1, "hidden_size": "wide"}
     with pytest.raises(FormatError, match="transformers cannot build this llama model"):
         meta_model(config, 100)
-
-
-EXPERT = "model.layers.0.block_sparse_moe.experts.0.w1.weight"
-
-
-def test_moe_experts_are_refused_by_name_or_ignored():
-    specs = {EXPERT: TensorSpec("F32", (8, 8))}
-    with pytest.raises(FormatError, match=r"experts\.0\.w1\.weight: quantized MoE experts"):
-        refuse_experts(specs, Options())
-    refuse_experts(specs, Options(ignore=(r"\.experts",)))
-    refuse_experts({"model.layers.0.mlp.up_proj.weight": specs[EXPERT]}, Options())
-
-
-def test_a_moe_gate_stays_dense():
-    size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "vocab_size": 64}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
-    _, config, specs = described(MixtralConfig(**size, **heads, num_local_experts=2))
-    assert {name.rpartition(".")[2] for name in decoder_linears(config, specs)} == {
-        "q_proj",
-        "k_proj",
-        "v_proj",
-        "o_proj",
-    }

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from tests.tiny import make_packed
+from tests.tiny import make_packed, write_packed
 from vllm_bmos.checkpoint import Checkpoint, FormatError, unpack_signs
 from vllm_bmos.integrations.transformers import BinaryMosLinear
 
@@ -60,4 +61,32 @@ def test_a_module_that_the_model_does_not_have_is_named(packed: Path, tmp_path: 
     config["layer_types"] = config["layer_types"][:1]
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(FormatError, match=r"model\.layers\.1\.\S+ is not a linear layer of Qwen2"):
+        load(tmp_path, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_mixture_of_experts_runs_in_the_dtype_it_is_loaded_in(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    make_packed("mixtral", tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    other = torch.float32 if dtype == torch.bfloat16 else torch.bfloat16
+    for name in [name for name in tensors if name.endswith("gate.weight")]:
+        tensors[name] = tensors[name].to(other)
+    config = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    write_packed(tmp_path, tensors, config["modules"], config["num_experts"], torch.float16)
+    model = load(tmp_path, dtype)
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    assert model(torch.tensor([[1, 2, 3]])).logits.dtype == dtype
+
+
+def test_an_expert_that_is_not_listed_is_refused(tmp_path: Path) -> None:
+    make_packed("mixtral", tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    modules = json.loads((tmp_path / "config.json").read_text())["quantization_config"]["modules"]
+    last = modules.pop()
+    tensors = {name: t for name, t in tensors.items() if not name.startswith(f"{last}.")}
+    write_packed(tmp_path, tensors, modules, 4, torch.float16)
+    with pytest.raises(FormatError, match="not every one is listed with gate, up and down"):
         load(tmp_path, torch.float32)

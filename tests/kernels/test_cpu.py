@@ -277,3 +277,16 @@ def test_op_contract() -> None:
         torch.library.opcheck(
             torch.ops.vllm_bmos.router_logits.default, (x, tensors.router_weight, 2, 4, "cpu")
         )
+
+
+def test_a_stack_is_its_layers_on_aligned_addresses() -> None:
+    layers = [oracle.random_layer((40, 9), 72, 3, seed=i) for i in range(3)]
+    columns = zip(*((i.weight, i.s_in, i.s_out, i.router) for i in layers), strict=True)
+    tensors = LinearTensors(*(torch.stack(column) for column in columns))
+    stacked = cpu.CpuKernel().prepare_stack(tensors, config_of(layers[0], F32)).unstacked()
+    for layer, found in zip(layers, stacked, strict=True):
+        expected = prepare(layer)
+        assert found.weight.data_ptr() % 64 == 0
+        assert torch.equal(found.weight, expected.weight)
+        x = torch.randn(3, 72)
+        assert torch.equal(linear(layer, found, x), linear(layer, expected, x))

@@ -51,15 +51,11 @@ def test_a_partly_quantized_merged_layer_is_refused() -> None:
         vllm_config(QKV[0], QKV[2]).get_quant_method(linear(), "self_attn.qkv_proj")
 
 
-def test_quantized_experts_are_refused_by_name() -> None:
-    class RoutedExperts(torch.nn.Module):
-        pass
-
-    config = vllm_config("layers.0.mlp.experts.0.up_proj")
-    message = r"layers.0.mlp.experts.0.up_proj is quantized .* mixture-of-experts layers yet"
-    with pytest.raises(ValueError, match=message):
-        config.get_quant_method(RoutedExperts(), "layers.0.mlp.experts")
-    assert config.get_quant_method(RoutedExperts(), "layers.1.mlp.experts") is None
+def test_a_gate_and_up_that_the_model_did_not_announce_are_one_layer() -> None:
+    config = vllm_config("mlp.gate_proj", "mlp.up_proj")
+    method = config.get_quant_method(linear(), "mlp.gate_up_proj")
+    assert isinstance(method, BinaryMosLinearMethod)
+    assert method.names == ["mlp.gate_proj", "mlp.up_proj"]
 
 
 def test_a_quantized_head_is_refused_by_name() -> None:

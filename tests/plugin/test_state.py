@@ -41,3 +41,10 @@ def test_a_loaded_state_must_be_of_the_same_kernel(kernel: str, loading: None) -
     else:
         with pytest.raises(ValueError, match=r"layers.0.o_proj.*VLLM_BMOS_KERNEL=cpu"):
             layout.check()
+
+
+def test_a_module_may_hold_several_layers() -> None:
+    layer = torch.nn.Linear(2, 2)
+    for prefix in ("w13_", "w2_"):
+        SavedLayout(layer, kernels()["cpu"], "experts.0.gate_proj", prefix)
+    assert {f"w13_{LAYOUT}", f"w2_{LAYOUT}"} < layer.state_dict().keys()

@@ -30,6 +30,11 @@ BIAS = "bias"  # any float dtype [N], optional
 REQUIRED = (WEIGHT, IN_SCALE, OUT_SCALE, ROUTER)
 SCALES = (IN_SCALE, OUT_SCALE, ROUTER)
 
+# A feed-forward expert of a mixture-of-experts layer is three layers, "<experts>.<number>.<name>":
+# gate, up and down, as the model families call them. (Not to be confused with scaling experts.)
+FFN_EXPERT_NAMES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
+FFN_EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(\w+)")
+
 # The names safetensors gives to dtypes, as far as a language model's checkpoint uses them.
 TORCH_DTYPES = {
     "U8": torch.uint8,

@@ -54,6 +54,11 @@ class LinearTensors:
     out_channel_scale: torch.Tensor
     router_weight: torch.Tensor
 
+    def unstacked(self) -> list["LinearTensors"]:
+        """The layers of a stack, whose tensors have one more dimension in front, as views."""
+        stacks = self.weight, self.in_channel_scale, self.out_channel_scale, self.router_weight
+        return [LinearTensors(*layer) for layer in zip(*stacks, strict=True)]
+
 
 class Kernel(ABC):
     """One implementation of the layer. Instances hold no state: layers hold their tensors."""
@@ -67,6 +72,16 @@ class Kernel(ABC):
     def prepare(self, tensors: LinearTensors, config: LinearConfig) -> LinearTensors:
         """Re-lay a layer's tensors once after loading; by default they stay as they are."""
         return tensors
+
+    def prepare_stack(self, tensors: LinearTensors, config: LinearConfig) -> LinearTensors:
+        """`prepare` every layer of a stack of layers of one shape; the result is a stack, too."""
+        layers = [self.prepare(layer, config) for layer in tensors.unstacked()]
+        return LinearTensors(
+            weight=torch.stack([layer.weight for layer in layers]),
+            in_channel_scale=torch.stack([layer.in_channel_scale for layer in layers]),
+            out_channel_scale=torch.stack([layer.out_channel_scale for layer in layers]),
+            router_weight=torch.stack([layer.router_weight for layer in layers]),
+        )
 
     @abstractmethod
     def router_logits(

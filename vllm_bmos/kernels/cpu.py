@@ -72,24 +72,21 @@ class CpuKernel(Kernel):
 
         All lie side by side on large pages, which makes cold weights a fifth faster.
         """
-        check_width(tensors.weight, config.K)
-        signs, shards = tensors.weight.contiguous(), len(config.shard_sizes)
-        sizes = (ctypes.c_int64 * shards)(*config.shard_sizes)
-        bmos = library()
-        torch_op.register(bmos)
-        packed = large_pages.empty((bmos.bmos_packed_bytes(config.K, sizes, shards),), torch.uint8)
-        status = bmos.bmos_pack(
-            signs.data_ptr(),
-            config.K,
-            sizes,
-            shards,
-            config.E,
-            DTYPES[config.scale_dtype],
-            MODES[mode(config.dtype)],
-            packed.data_ptr(),
-            torch.get_num_threads(),
+        packed = large_pages.empty((_packed_bytes(config),), torch.uint8)
+        _pack(tensors.weight, config, packed)
+        return LinearTensors(
+            packed,
+            _moved(tensors.in_channel_scale),
+            _moved(tensors.out_channel_scale),
+            _moved(tensors.router_weight),
         )
-        _check(status)
+
+    @override
+    def prepare_stack(self, tensors: LinearTensors, config: LinearConfig) -> LinearTensors:
+        # In place: what `prepare` takes of a large page is given back only with the whole page.
+        packed = large_pages.empty((len(tensors.weight), _packed_bytes(config)), torch.uint8)
+        for signs, layer in zip(tensors.weight, packed, strict=True):
+            _pack(signs, config, layer)
         return LinearTensors(
             packed,
             _moved(tensors.in_channel_scale),
@@ -154,6 +151,32 @@ class CpuKernel(Kernel):
         )
         _check(status)
         return y
+
+
+def _packed_bytes(config: LinearConfig) -> int:
+    shards = len(config.shard_sizes)
+    sizes = (ctypes.c_int64 * shards)(*config.shard_sizes)
+    return int(library().bmos_packed_bytes(config.K, sizes, shards))
+
+
+def _pack(signs: torch.Tensor, config: LinearConfig, packed: torch.Tensor) -> None:
+    """Re-lay the checkpoint's signs [N, ceil(K/8)] into `packed`."""
+    check_width(signs, config.K)
+    signs, shards = signs.contiguous(), len(config.shard_sizes)
+    bmos = library()
+    torch_op.register(bmos)
+    status = bmos.bmos_pack(
+        signs.data_ptr(),
+        config.K,
+        (ctypes.c_int64 * shards)(*config.shard_sizes),
+        shards,
+        config.E,
+        DTYPES[config.scale_dtype],
+        MODES[mode(config.dtype)],
+        packed.data_ptr(),
+        torch.get_num_threads(),
+    )
+    _check(status)
 
 
 def _moved(tensor: torch.Tensor) -> torch.Tensor:

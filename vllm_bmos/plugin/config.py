@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from vllm.config import get_current_vllm_config_or_none
 from vllm.logger import init_logger
+from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import (
     QuantizationConfig,
@@ -19,6 +20,7 @@ from vllm_bmos.checkpoint.format import BIAS, INDEX_FILE, MANIFEST_FILE, SINGLE_
 from vllm_bmos.plugin.embedding import LeanEmbeddingMethod
 from vllm_bmos.plugin.linear import BinaryMosLinearMethod
 from vllm_bmos.plugin.memory import available_bytes, check_memory
+from vllm_bmos.plugin.moe import BinaryMosMoEMethod
 
 if TYPE_CHECKING:
     from vllm.model_executor.models.utils import WeightsMapper
@@ -39,6 +41,8 @@ CHECKPOINT_LOAD_FORMATS = {
 
 # vLLM builds the draft model of a speculative pair under this prefix.
 DRAFT_PREFIX = "draft_model."
+# Qwen3-MoE says that its dense blocks have it only when they are being built.
+LATE_MERGES = {"gate_up_proj": ["gate_proj", "up_proj"]}
 
 
 class BinaryMosVllmConfig(QuantizationConfig):
@@ -113,26 +117,60 @@ class BinaryMosVllmConfig(QuantizationConfig):
             ValueError: if a layer is quantized in the checkpoint and cannot be served.
         """
         prefix = prefix.removeprefix(DRAFT_PREFIX)
+        if isinstance(layer, RoutedExperts):
+            return self._experts_method(layer, prefix)
         if not isinstance(layer, LinearBase):
             self._refuse_quantized(layer, prefix)
             return LeanEmbeddingMethod() if isinstance(layer, VocabParallelEmbedding) else None
-        shards = self.shard_names(prefix)
-        quantized = [shard in self.modules for shard in shards]
-        if not any(quantized):
+        names = self._claim(prefix, self.shard_names(prefix))
+        if names is None:
             return UnquantizedLinearMethod()
-        if not all(quantized):
-            dense = [s for s, q in zip(shards, quantized, strict=True) if not q]
+        biases = None if self.biases is None else [self.biases[name] for name in names]
+        return BinaryMosLinearMethod(self.config, names, biases)
+
+    def _experts_method(self, layer: RoutedExperts, prefix: str) -> QuantizeMethodBase | None:
+        """The method for the feed-forward experts of a mixture-of-experts layer."""
+        projections = (
+            layer.ckpt_gate_proj_name,
+            layer.ckpt_up_proj_name or layer.ckpt_gate_proj_name,
+            layer.ckpt_down_proj_name,
+        )
+        count = layer.moe_config.num_logical_experts
+        shards = [f"{prefix}.{i}.{name}" for i in range(count) for name in projections]
+        names = self._claim(prefix, shards)
+        if names is None:
+            return None
+        biased = [name for name in names if self.biases is not None and self.biases[name]]
+        if biased:
+            raise FormatError(
+                f"{biased[0]}.{BIAS}: vllm-bmos does not serve feed-forward experts with biases. "
+                r"Convert the model again with --ignore '\.experts'."
+            )
+        each = list(zip(names[::3], names[1::3], names[2::3], strict=True))
+        return BinaryMosMoEMethod(
+            self.config, layer.moe_config, each, complete=self.biases is not None
+        )
+
+    def _claim(self, prefix: str, shards: list[str]) -> list[str] | None:
+        """Checkpoint names of the layers that vLLM serves as one; None if all are dense.
+
+        Raises:
+            ValueError: if some are quantized and some are not.
+        """
+        dense = [shard for shard in shards if shard not in self.modules]
+        if len(dense) == len(shards):
+            return None
+        if dense:
+            together = ", ".join(shards if len(shards) < 4 else [*shards[:3], "..."])
             raise ValueError(
-                f"{prefix}: vLLM serves {', '.join(shards)} as one merged layer, but "
-                f"{', '.join(dense)} is not quantized while the rest is. Convert the model again "
-                "with all of them quantized or all of them ignored."
+                f"{prefix}: vLLM serves {together} as one merged layer, but {dense[0]} is not "
+                "quantized while the rest is. Convert the model again with all of them quantized "
+                "or all of them ignored."
             )
         if self.biases is None:
             self._read_checkpoint_at_load()
         self._check_machine()
-        names = [self.modules[shard] for shard in shards]
-        biases = None if self.biases is None else [self.biases[name] for name in names]
-        return BinaryMosLinearMethod(self.config, names, biases)
+        return [self.modules[shard] for shard in shards]
 
     def shard_names(self, prefix: str) -> list[str]:
         """The logical layers, by vLLM's names, that vLLM merges into `prefix`, in order.
@@ -140,20 +178,19 @@ class BinaryMosVllmConfig(QuantizationConfig):
         A layer that is already fused on disk (Phi-3) is its own only shard.
         """
         parent, _, leaf = prefix.rpartition(".")
-        if prefix in self.modules or leaf not in self.packed_modules_mapping:
+        merged = {**LATE_MERGES, **self.packed_modules_mapping}
+        if prefix in self.modules or leaf not in merged:
             return [prefix]
         head = f"{parent}." if parent else ""
-        return [head + shard for shard in self.packed_modules_mapping[leaf]]
+        return [head + shard for shard in merged[leaf]]
 
     def _refuse_quantized(self, layer: torch.nn.Module, prefix: str) -> None:
         inside = sorted(m for m in self.modules if m == prefix or m.startswith(f"{prefix}."))
         if not inside:
             return
-        kind = type(layer).__name__
-        what = "mixture-of-experts layers" if "xperts" in kind or "MoE" in kind else kind
         raise ValueError(
             f"{inside[0]} is quantized in the checkpoint, but vllm-bmos does not serve quantized "
-            f"{what} yet. Convert the model again with --ignore "
+            f"{type(layer).__name__} yet. Convert the model again with --ignore "
             f"'{prefix.rpartition('.')[2]}'."
         )
 

@@ -71,19 +71,29 @@ class LayerLoader:
         loaded_weight: torch.Tensor,
         loaded_shard_id: str | int | None = None,
     ) -> None:
-        """Check one checkpoint tensor and copy this rank's part of it into `param`.
+        """What vLLM calls: `load` into the parameter of a layer."""
+        suffix: str = param.bmos_suffix  # type: ignore[attr-defined]
+        self.load(param.data, suffix, loaded_weight, loaded_shard_id)
+
+    def load(
+        self,
+        data: torch.Tensor,
+        suffix: str,
+        loaded_weight: torch.Tensor,
+        loaded_shard_id: str | int | None = None,
+    ) -> None:
+        """Check one checkpoint tensor and copy this rank's part of it into `data`.
 
         Raises:
             FormatError: if its dtype or shape is wrong, it is not finite, or it came before.
         """
-        suffix: str = param.bmos_suffix  # type: ignore[attr-defined]
         shards = self._shards(suffix, loaded_shard_id)
         name = f"{self.names[0 if self.fused_on_disk else shards[0]]}.{suffix}"
         self._check(name, suffix, shards, loaded_weight)
         for shard in shards:
-            self._copy(param, suffix, shard, shards, loaded_weight)
+            self._copy(data, suffix, shard, shards, loaded_weight)
             # vLLM's reload first runs loaders on meta tensors, to count elements.
-            if not param.is_meta:
+            if not data.is_meta:
                 self.loaded[suffix, shard] += 1
                 if self.loaded[suffix, shard] > 1:
                     raise FormatError(
@@ -137,7 +147,7 @@ class LayerLoader:
 
     def _copy(
         self,
-        param: torch.nn.Parameter,
+        data: torch.Tensor,
         suffix: str,
         shard: int,
         shards: list[int],
@@ -148,7 +158,6 @@ class LayerLoader:
         disk = sum(self.outputs[s].full for s in shards if s < shard) + outputs.start
         here = sum(out.size for out in self.outputs[:shard])
         K = self.inputs
-        data = param.data
         if suffix == WEIGHT:
             source = loaded[disk : disk + outputs.size, K.start // 8 : (K.start + K.size + 7) // 8]
             data[here : here + outputs.size].copy_(source)

@@ -12,7 +12,7 @@ def quantized_bytes(model: nn.Module) -> int:
     """Bytes of every tensor that hangs on a quantized layer of a vLLM model, by whatever name."""
     found = {}
     for layer in model.modules():
-        if not hasattr(layer, WEIGHT):
+        if not any(name.endswith(WEIGHT) for name in layer._parameters):
             continue
         for holder in (layer._parameters, layer._buffers, vars(layer)):
             for value in holder.values():

@@ -25,12 +25,13 @@ class SavedLayout:
         layer: the layer whose state dict gets the tensor.
         kernel: the kernel that prepares the layer here.
         name: checkpoint name of the layer, for errors.
+        prefix: what the tensor's name begins with, where a module has several layers.
 
     Attributes:
         is_loaded: whether vLLM is about to load a sharded state, and this tensor with it.
     """
 
-    def __init__(self, layer: torch.nn.Module, kernel: Kernel, name: str) -> None:
+    def __init__(self, layer: torch.nn.Module, kernel: Kernel, name: str, prefix: str = "") -> None:
         self.name = name
         self.kernel = kernel
         config = get_current_vllm_config_or_none()
@@ -40,8 +41,8 @@ class SavedLayout:
         # vLLM copies what it loads into the tensors of the state dict.
         self.tensor = torch.zeros_like(self.expected) if self.is_loaded else self.expected
 
-        def add(_module: torch.nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
-            state[prefix + LAYOUT] = self.tensor
+        def add(_module: torch.nn.Module, state: dict[str, Any], path: str, _: Any) -> None:
+            state[path + prefix + LAYOUT] = self.tensor
 
         layer.register_state_dict_post_hook(add)
 
