@@ -94,6 +94,17 @@ def test_eager_stages_fail_in_vllm(tmp_path: Path) -> None:
 
 
 @pytest.mark.feature(
+    "Parallelism",
+    "`--distributed-executor-backend ray`",
+    limit="vLLM knows no Ray resource for a CPU: `current platform cpu does not support ray`",
+)
+def test_vllm_has_no_ray_on_a_cpu() -> None:
+    from vllm.platforms.cpu import CpuPlatform
+
+    assert CpuPlatform.ray_device_key == ""  # what its Ray executor refuses
+
+
+@pytest.mark.feature(
     "Parallelism", "sizes that do not divide K", against="the error names the sizes"
 )
 def test_a_split_that_does_not_fit_names_the_sizes_that_do(tmp_path: Path) -> None:

@@ -1,12 +1,13 @@
-"""Data parallel serving: two engines behind one address."""
+"""Serving by several engines, or on several nodes, behind one address."""
 
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from openai import OpenAI
 
-from examples.server import Server
+from examples.server import HOST, Server, free_port
 from tests.tiny import add_tokenizer, make_packed
 
 OPTIONS = ["--served-model-name", "tiny", "--enforce-eager", "--max-model-len", "256"]
@@ -30,17 +31,63 @@ def answers(server: Server, prompts: list[str]) -> list[str]:
         return list(pool.map(complete, prompts))
 
 
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = make_packed("llama", tmp_path_factory.mktemp("model") / "packed")
+    add_tokenizer(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[str]:
+    return [f"question {i}: " + "word " * (i % 5) for i in range(16)]
+
+
+@pytest.fixture(scope="module")
+def one(model: Path, prompts: list[str]) -> list[str]:
+    """What one engine answers."""
+    with Server(model, OPTIONS, model.with_name("one.log"), timeout=600) as server:
+        found = answers(server, prompts)
+    assert len(set(found)) > 8
+    return found
+
+
 @pytest.mark.slow
 @pytest.mark.feature("Parallelism", "data parallel, 2 engines", against="one engine")
-def test_two_engines_answer_as_one(tmp_path: Path) -> None:
-    path = make_packed("llama", tmp_path / "packed")
-    add_tokenizer(path)
-    prompts = [f"question {i}: " + "word " * (i % 5) for i in range(16)]
-    with Server(path, OPTIONS, tmp_path / "one.log") as server:
-        one = answers(server, prompts)
-    assert len(set(one)) > 8
+def test_two_engines_answer_as_one(
+    model: Path, prompts: list[str], one: list[str], tmp_path: Path
+) -> None:
     options = [*OPTIONS, "--data-parallel-size", "2"]
     env = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-    with Server(path, options, tmp_path / "two.log", env=env) as server:
+    with Server(model, options, tmp_path / "two.log", env=env, timeout=600) as server:
         assert answers(server, prompts) == one
         assert "EngineCore_DP1" in server.log_text()
+
+
+@pytest.mark.slow
+@pytest.mark.feature(
+    "Parallelism",
+    "tensor parallel over 2 nodes (`--nnodes 2`, both on one machine)",
+    against="one engine",
+)
+def test_two_nodes_answer_as_one(
+    model: Path, prompts: list[str], one: list[str], tmp_path: Path
+) -> None:
+    options = [*OPTIONS, "--tensor-parallel-size", "2", "--nnodes", "2"]
+    options += ["--master-addr", HOST, "--master-port", str(free_port())]
+    env = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    other = Server(model, [*options, "--node-rank", "1", "--headless"], tmp_path / "1.log", env=env)
+    with other.log.open("wb") as log:
+        node = subprocess.Popen(other.command, stdout=log, stderr=log, env=other.env)
+    try:
+        options += ["--node-rank", "0"]
+        with Server(model, options, tmp_path / "0.log", env=env, timeout=600) as server:
+            assert answers(server, prompts) == one
+        assert "Worker_TP1" in other.log_text()
+    finally:
+        node.terminate()
+        try:
+            node.wait(30)
+        except subprocess.TimeoutExpired:
+            node.kill()
+            node.wait()
