@@ -13,7 +13,7 @@ import torch
 
 from converters.hf_to_bmos import main
 from tests.engine.compare import assert_same, assert_varied, reference_answers, vllm_answers
-from tests.tiny import CONFIGS, linear_names, random_model
+from tests.tiny import CONFIGS, MOE_CONFIGS, linear_names, random_model
 
 pytestmark = pytest.mark.slow
 
@@ -26,12 +26,15 @@ def convert_and_verify(source: Path, target: Path) -> None:
     assert main(["verify", str(target), "--source", str(source)]) == 0
 
 
-@pytest.mark.parametrize("arch", CONFIGS)
+@pytest.mark.parametrize("arch", [*CONFIGS, *MOE_CONFIGS])
 def test_dense_model(arch: str, tmp_path: Path) -> None:
     source, target = tmp_path / "dense", tmp_path / "packed"
     model = random_model(arch, seed=1 if arch == "opt-350m" else 0)  # 0 repeats itself there
     for name in linear_names(model):  # as large as trained ones, or the embedding drowns them
         model.get_submodule(name).weight.data *= 16
+    for name, parameter in model.named_parameters():
+        if ".experts." in name:
+            parameter.data *= 16
     model.save_pretrained(source)
     convert_and_verify(source, target)
     expected = reference_answers(target, torch.float32)

@@ -41,8 +41,9 @@ def experts_layer(ep_rank: int | None = None, **attributes: Any) -> RoutedExpert
 
 
 def moe_config(**values: Any) -> Any:
-    usual = {"tp_size": 1, "tp_rank": 0, "has_bias": False, "swiglu_limit": None}
-    return SimpleNamespace(**(usual | {"num_logical_experts": X} | values))
+    ranks = {"tp_size": 1, "tp_rank": 0, "dp_size": 1, "pcp_size": 1}
+    usual = {"num_logical_experts": X, "has_bias": False, "swiglu_limit": None}
+    return SimpleNamespace(**(ranks | usual | values))
 
 
 def built(
@@ -165,6 +166,12 @@ def test_what_cannot_be_served_is_named(
 ) -> None:
     with pytest.raises(ValueError, match=rf"experts\.0\.gate_proj: .*{message}.*--ignore"):
         built(experts_layer(**layer), **config)
+
+
+def test_experts_split_over_data_parallel_ranks_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"experts\.0\.gate_proj: .* --enable-expert-parallel"):
+        built(experts_layer(), tp_size=2, moe={"dp_size": 2})
+    built(experts_layer(), moe={"dp_size": 2})  # expert parallel: tp_size is 1
 
 
 def claimed(modules: list[str]) -> Any:

@@ -168,6 +168,14 @@ class BinaryMosMoEMethod(FusedMoEMethodBase):
             wrong = "a limit on the activation (swiglu_limit)"
         elif self.config.output_norm:
             wrong = "output_norm"
+        elif self.moe.tp_size > 1 and self.moe.dp_size * self.moe.pcp_size > 1:
+            # vLLM then splits an expert over ranks beyond those of tensor parallelism, and the
+            # router logits are summed over these only.
+            raise ValueError(
+                f"{self.names[0][0]}: with several data-parallel ranks, quantized feed-forward "
+                "experts have to stay whole. Add --enable-expert-parallel, or use "
+                "--tensor-parallel-size instead."
+            )
         if wrong:
             raise ValueError(
                 f"{self.names[0][0]}: vllm-bmos does not serve quantized feed-forward experts "
