@@ -40,6 +40,11 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     return found
 
 
+@pytest.mark.feature(
+    "Numerics",
+    f"mixtures of experts, eager, float32: {', '.join(MOE_CONFIGS)}",
+    against="transformers, equal tokens",
+)
 @pytest.mark.parametrize("arch", MOE_CONFIGS)
 def test_fp32_greedy_tokens_and_logprobs_equal_transformers(arch: str, made: Made) -> None:
     path, expected = made[arch]
@@ -67,6 +72,11 @@ def make_equal_dense(packed: Path, path: Path) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.feature(
+    "Numerics",
+    "mixtures of experts with one scaling expert",
+    against="the equal dense model in plain transformers, equal tokens",
+)
 @pytest.mark.parametrize("arch", MOE_CONFIGS)
 def test_one_scaling_expert_equals_a_dense_mixture(arch: str, tmp_path: Path) -> None:
     path = make_packed(arch, tmp_path / "packed", E=1, scale_dtype=torch.float32)
@@ -76,6 +86,11 @@ def test_one_scaling_expert_equals_a_dense_mixture(arch: str, tmp_path: Path) ->
 
 
 @pytest.mark.slow
+@pytest.mark.feature(
+    "Numerics",
+    "mixtures of experts, eager, bfloat16",
+    against="as close to float32 as transformers is",
+)
 @pytest.mark.parametrize("arch", MOE_CONFIGS)
 def test_bfloat16_is_as_close_to_fp32_as_transformers_is(arch: str, made: Made) -> None:
     path, _ = made[arch]
@@ -88,6 +103,7 @@ def test_bfloat16_is_as_close_to_fp32_as_transformers_is(arch: str, made: Made) 
 
 
 @pytest.mark.slow
+@pytest.mark.feature("Numerics", "mixtures of experts, torch.compile", against="transformers")
 @pytest.mark.parametrize("arch", MOE_CONFIGS)
 def test_compiled_equals_transformers(arch: str, made: Made) -> None:
     path, expected = made[arch]
@@ -96,6 +112,9 @@ def test_compiled_equals_transformers(arch: str, made: Made) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.feature(
+    "Parallelism", "mixtures of experts: tensor parallel over 2 ranks", against="transformers"
+)
 @pytest.mark.parametrize("arch", MOE_CONFIGS)
 def test_two_ranks_equal_transformers(arch: str, made: Made) -> None:
     path, expected = made[arch]
@@ -105,6 +124,11 @@ def test_two_ranks_equal_transformers(arch: str, made: Made) -> None:
 
 # Five feed-forward experts: three on one rank, two on the other.
 @pytest.mark.slow
+@pytest.mark.feature(
+    "Parallelism",
+    "mixtures of experts: `--enable-expert-parallel` over 2 ranks, eager and compiled",
+    against="transformers",
+)
 @pytest.mark.parametrize("compiled", [False, True])
 def test_two_ranks_of_experts_equal_transformers(compiled: bool, made: Made) -> None:
     path, expected = made["mixtral"]
@@ -115,6 +139,11 @@ def test_two_ranks_of_experts_equal_transformers(compiled: bool, made: Made) -> 
 
 
 @pytest.mark.slow
+@pytest.mark.feature(
+    "Loading",
+    "mixtures of experts: `reload_weights`, `--load-format dummy`",
+    against="transformers",
+)
 def test_reloaded_and_dummy_weights(made: Made, tmp_path: Path) -> None:
     path, expected = made["mixtral"]
     with engine(path, "float32") as llm:
