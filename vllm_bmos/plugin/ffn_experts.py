@@ -5,7 +5,7 @@ the kernel of a plain linear layer for each expert that got any. The op is opaqu
 because how many tokens each expert gets is data.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -71,30 +71,32 @@ def _ffn_experts(
     else:
         _, *counts = torch.bincount(ids.flatten() + 1, minlength=X + 1).tolist()
     order = ids.flatten().argsort(stable=True)[ids.numel() - sum(counts) :]
-    slots = order.split(counts)
-    busy = [i for i in range(X) if counts[i]]
+    busy, sizes = [i for i in range(X) if counts[i]], [count for count in counts if count]
 
-    hidden = {}
-    for i in busy:
-        tokens = x[slots[i] // ids.shape[1]]
-        if weights_on_input:
-            tokens = (tokens * weights.flatten()[slots[i], None]).to(x.dtype)
-        y = ops.linear(tokens, None, *_of(w13, i), None, [inner, inner], w13_kernel)
-        gate, up = y.chunk(2, dim=1)
-        hidden[i] = ACTIVATIONS[activation](gate) * up
+    tokens = x[order // ids.shape[1]]
+    if weights_on_input:
+        tokens = (tokens * weights.flatten()[order, None]).to(x.dtype)
+    parts = [x.new_empty(0, 2 * inner)]  # there may be no others
+    for i, part in zip(busy, tokens.split(sizes), strict=True):
+        parts.append(ops.linear(part, None, *_of(w13, i), None, [inner, inner], w13_kernel))
+    gate, up = torch.cat(parts).chunk(2, dim=1)
+    hidden = ACTIVATIONS[activation](gate) * up
 
-    logits: torch.Tensor | None = None
+    own: Sequence[torch.Tensor | None] = [None] * len(busy)
     if partial_gates > 1:
         # By slot, so that it is as large on every rank.
         logits = weights.new_zeros(ids.numel(), 1, partial_gates)
-        for i in busy:
-            logits[slots[i]] = ops.router_logits(hidden[i], w2[3][i], 1, partial_gates, w2_kernel)
-        logits = tensor_model_parallel_all_reduce(logits)
+        partial_logits = [weights.new_empty(0, 1, partial_gates)]
+        for i, part in zip(busy, hidden.split(sizes), strict=True):
+            partial_logits.append(ops.router_logits(part, w2[3][i], 1, partial_gates, w2_kernel))
+        logits[order] = torch.cat(partial_logits)
+        own = tensor_model_parallel_all_reduce(logits)[order].split(sizes)
 
+    parts = [x.new_empty(0, H)]
+    for i, part, mine in zip(busy, hidden.split(sizes), own, strict=True):
+        parts.append(ops.linear(part, mine, *_of(w2, i), None, [H], w2_kernel))
     result = x.new_zeros(ids.numel(), H)
-    for i in busy:
-        own = None if logits is None else logits[slots[i]]
-        result[slots[i]] = ops.linear(hidden[i], own, *_of(w2, i), None, [H], w2_kernel)
+    result[order] = torch.cat(parts)
     result = result.view(M, ids.shape[1], H).float()
     if not weights_on_input:
         result *= weights.unsqueeze(2)
