@@ -54,10 +54,13 @@ class LinearTensors:
     out_channel_scale: torch.Tensor
     router_weight: torch.Tensor
 
+    def in_order(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The tensors as the format lists them (`checkpoint.format.REQUIRED`)."""
+        return self.weight, self.in_channel_scale, self.out_channel_scale, self.router_weight
+
     def unstacked(self) -> list["LinearTensors"]:
         """The layers of a stack, whose tensors have one more dimension in front, as views."""
-        stacks = self.weight, self.in_channel_scale, self.out_channel_scale, self.router_weight
-        return [LinearTensors(*layer) for layer in zip(*stacks, strict=True)]
+        return [LinearTensors(*layer) for layer in zip(*self.in_order(), strict=True)]
 
 
 class Kernel(ABC):
@@ -75,13 +78,8 @@ class Kernel(ABC):
 
     def prepare_stack(self, tensors: LinearTensors, config: LinearConfig) -> LinearTensors:
         """`prepare` every layer of a stack of layers of one shape; the result is a stack, too."""
-        layers = [self.prepare(layer, config) for layer in tensors.unstacked()]
-        return LinearTensors(
-            weight=torch.stack([layer.weight for layer in layers]),
-            in_channel_scale=torch.stack([layer.in_channel_scale for layer in layers]),
-            out_channel_scale=torch.stack([layer.out_channel_scale for layer in layers]),
-            router_weight=torch.stack([layer.router_weight for layer in layers]),
-        )
+        layers = [self.prepare(layer, config).in_order() for layer in tensors.unstacked()]
+        return LinearTensors(*(torch.stack(part) for part in zip(*layers, strict=True)))
 
     @abstractmethod
     def router_logits(

@@ -18,23 +18,19 @@ from vllm.model_executor.layers.linear import (
     QKVParallelLinear,
     RowParallelLinear,
 )
-from vllm.model_executor.utils import replace_parameter
 from vllm.platforms import current_platform
 
 from vllm_bmos import ops
-from vllm_bmos.checkpoint.format import (
-    BIAS,
-    IN_SCALE,
-    OUT_SCALE,
-    ROUTER,
-    WEIGHT,
-    BinaryMosConfig,
-    FormatError,
-    packed_width,
-)
-from vllm_bmos.kernels import Kernel, LinearConfig, LinearTensors, choose_kernel
+from vllm_bmos.checkpoint.format import BIAS, BinaryMosConfig, FormatError
+from vllm_bmos.kernels import Kernel, LinearConfig, choose_kernel
 from vllm_bmos.output_norm import output_layer_norm
 from vllm_bmos.plugin.loader import LayerLoader, Slice
+from vllm_bmos.plugin.parameters import (
+    empty_tensors,
+    register_tensors,
+    registered_tensors,
+    replace_tensors,
+)
 from vllm_bmos.plugin.state import SavedLayout
 
 
@@ -99,26 +95,11 @@ class BinaryMosLinearMethod(LinearMethodBase):
         )
         self.kernel = choose_kernel(self.layer_config)
 
-        N, S = sum(output_partition_sizes), len(output_partition_sizes)
-        tensors = LinearTensors(
-            weight=torch.empty((N, packed_width(K)), dtype=torch.uint8),
-            in_channel_scale=torch.empty((S, E, K), dtype=scale_dtype),
-            out_channel_scale=torch.empty((E, N), dtype=scale_dtype),
-            router_weight=torch.empty((S, E, K), dtype=scale_dtype),
-        )
+        tensors = empty_tensors(self.layer_config)
         self.layout = SavedLayout(layer, self.kernel, self.names[0])
         if self.layout.is_loaded:
             tensors = self.kernel.prepare(tensors, self.layer_config)
-        for name, tensor in (
-            (WEIGHT, tensors.weight),
-            (IN_SCALE, tensors.in_channel_scale),
-            (OUT_SCALE, tensors.out_channel_scale),
-            (ROUTER, tensors.router_weight),
-        ):
-            parameter = torch.nn.Parameter(tensor, requires_grad=False)
-            parameter.bmos_suffix = name  # type: ignore[attr-defined]
-            parameter.weight_loader = self.loader.weight_loader  # type: ignore[attr-defined]
-            layer.register_parameter(name, parameter)
+        register_tensors(layer, tensors, self.loader.weight_loader)
 
     def process_weights_after_loading(self, layer: LinearBase) -> None:
         """Check that everything arrived, then re-lay the tensors for the chosen kernel.
@@ -132,19 +113,7 @@ class BinaryMosLinearMethod(LinearMethodBase):
         if self.biases is not None:  # else no checkpoint was read: load_format dummy, say
             self.loader.check_complete()
             self._check_bias(layer)
-        tensors = self.kernel.prepare(
-            LinearTensors(
-                weight=layer.weight_packed.data,
-                in_channel_scale=layer.in_channel_scale.data,
-                out_channel_scale=layer.out_channel_scale.data,
-                router_weight=layer.router_weight.data,
-            ),
-            self.layer_config,
-        )
-        replace_parameter(layer, WEIGHT, tensors.weight)
-        replace_parameter(layer, IN_SCALE, tensors.in_channel_scale)
-        replace_parameter(layer, OUT_SCALE, tensors.out_channel_scale)
-        replace_parameter(layer, ROUTER, tensors.router_weight)
+        replace_tensors(layer, self.kernel.prepare(registered_tensors(layer), self.layer_config))
 
     def apply(
         self, layer: LinearBase, x: torch.Tensor, bias: torch.Tensor | None = None

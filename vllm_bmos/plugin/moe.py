@@ -11,6 +11,8 @@ up, merged: two logical shards) and w2 (down); a rank's are stacked, X of them.
 In both, vLLM's own all-reduce adds up the ranks' outputs.
 """
 
+from collections.abc import Callable
+
 import torch
 from typing_extensions import override
 from vllm.model_executor.layers.fused_moe import (
@@ -19,22 +21,19 @@ from vllm.model_executor.layers.fused_moe import (
     FusedMoEQuantConfig,
     RoutedExperts,
 )
-from vllm.model_executor.utils import replace_parameter
 from vllm.platforms import current_platform
 
-from vllm_bmos.checkpoint.format import (
-    IN_SCALE,
-    OUT_SCALE,
-    REQUIRED,
-    ROUTER,
-    WEIGHT,
-    BinaryMosConfig,
-    packed_width,
-)
-from vllm_bmos.kernels import LinearConfig, LinearTensors, choose_kernel
+from vllm_bmos.checkpoint.format import REQUIRED, BinaryMosConfig
+from vllm_bmos.kernels import LinearConfig, choose_kernel
 from vllm_bmos.plugin.ffn_experts import ACTIVATIONS, ffn_experts
 from vllm_bmos.plugin.linear import check_split
 from vllm_bmos.plugin.loader import LayerLoader, Slice
+from vllm_bmos.plugin.parameters import (
+    empty_tensors,
+    register_tensors,
+    registered_tensors,
+    replace_tensors,
+)
 from vllm_bmos.plugin.state import SavedLayout
 
 
@@ -87,19 +86,6 @@ class BinaryMosMoEMethod(FusedMoEMethodBase):
         number = layer._map_global_expert_id_to_local_expert_id
         mine = dict(sorted((int(number(i)), n) for i, n in enumerate(self.names) if number(i) >= 0))
 
-        def stack(prefix: str, names: list[list[str]], K: Slice, N: list[Slice]) -> Stack:
-            sizes = tuple(shard.size for shard in N)
-            scale_dtype = getattr(torch, self.config.scale_dtype)
-            E, device = self.config.num_experts, current_platform.device_type
-            of_one = LinearConfig(K.size, sizes, E, params_dtype, scale_dtype, device)
-            loaders = [LayerLoader(n, K, N, E, self.config.scale_dtype) for n in names]
-            return Stack(layer, prefix, loaders, of_one)
-
-        self.w13 = stack(
-            "w13_", [[gate, up] for gate, up, _ in mine.values()], hidden, [inner, inner]
-        )
-        self.w2 = stack("w2_", [[down] for _, _, down in mine.values()], inner, [hidden])
-
         def weight_loader(
             param: torch.nn.Parameter,
             loaded_weight: torch.Tensor,
@@ -115,8 +101,18 @@ class BinaryMosMoEMethod(FusedMoEMethodBase):
                 stack.loaders[index].load(param.data[index], suffix, loaded_weight, int(shard))
             return index >= 0 if return_success else None
 
-        for parameter in layer.parameters(recurse=False):
-            parameter.weight_loader = weight_loader
+        def stack(prefix: str, names: list[list[str]], K: Slice, N: list[Slice]) -> Stack:
+            sizes = tuple(shard.size for shard in N)
+            scale_dtype = getattr(torch, self.config.scale_dtype)
+            E, device = self.config.num_experts, current_platform.device_type
+            of_one = LinearConfig(K.size, sizes, E, params_dtype, scale_dtype, device)
+            loaders = [LayerLoader(n, K, N, E, self.config.scale_dtype) for n in names]
+            return Stack(layer, prefix, loaders, weight_loader, of_one)
+
+        self.w13 = stack(
+            "w13_", [[gate, up] for gate, up, _ in mine.values()], hidden, [inner, inner]
+        )
+        self.w2 = stack("w2_", [[down] for _, _, down in mine.values()], inner, [hidden])
 
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
         """Check that everything arrived, then re-lay the tensors for the chosen kernel.
@@ -190,33 +186,25 @@ class Stack:
         layer: vLLM's layer, which gets the parameters.
         prefix: what their names begin with: vLLM's w13_ or w2_.
         loaders: one of each expert.
+        weight_loader: what vLLM is to call, for all of them.
         config: of one expert's layer.
     """
 
     def __init__(
-        self, layer: RoutedExperts, prefix: str, loaders: list[LayerLoader], config: LinearConfig
+        self,
+        layer: RoutedExperts,
+        prefix: str,
+        loaders: list[LayerLoader],
+        weight_loader: Callable[..., object],
+        config: LinearConfig,
     ) -> None:
         self.prefix, self.loaders, self.config = prefix, loaders, config
         self.kernel = choose_kernel(config)
-        X, N, K, E, S = len(loaders), config.N, config.K, config.E, len(config.shard_sizes)
-        tensors = LinearTensors(
-            weight=torch.empty((X, N, packed_width(K)), dtype=torch.uint8),
-            in_channel_scale=torch.empty((X, S, E, K), dtype=config.scale_dtype),
-            out_channel_scale=torch.empty((X, E, N), dtype=config.scale_dtype),
-            router_weight=torch.empty((X, S, E, K), dtype=config.scale_dtype),
-        )
+        tensors = empty_tensors(config, len(loaders))
         self.layout = SavedLayout(layer, self.kernel, loaders[0].names[0], prefix)
         if self.layout.is_loaded:
             tensors = self.kernel.prepare_stack(tensors, config)
-        for suffix, tensor in (
-            (WEIGHT, tensors.weight),
-            (IN_SCALE, tensors.in_channel_scale),
-            (OUT_SCALE, tensors.out_channel_scale),
-            (ROUTER, tensors.router_weight),
-        ):
-            parameter = torch.nn.Parameter(tensor, requires_grad=False)
-            parameter.bmos_suffix = suffix  # type: ignore[attr-defined]
-            layer.register_parameter(prefix + suffix, parameter)
+        register_tensors(layer, tensors, weight_loader, prefix)
 
     def tensors(self, layer: RoutedExperts) -> list[torch.Tensor]:
         """Weight, in-scale, out-scale and router of all experts."""
@@ -230,9 +218,5 @@ class Stack:
         if complete:
             for loader in self.loaders:
                 loader.check_complete()
-        tensors = LinearTensors(*(tensor.data for tensor in self.tensors(layer)))
-        ready = self.kernel.prepare_stack(tensors, self.config)
-        replace_parameter(layer, self.prefix + WEIGHT, ready.weight)
-        replace_parameter(layer, self.prefix + IN_SCALE, ready.in_channel_scale)
-        replace_parameter(layer, self.prefix + OUT_SCALE, ready.out_channel_scale)
-        replace_parameter(layer, self.prefix + ROUTER, ready.router_weight)
+        tensors = registered_tensors(layer, self.prefix)
+        replace_tensors(layer, self.kernel.prepare_stack(tensors, self.config), self.prefix)

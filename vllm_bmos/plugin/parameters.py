@@ -1,0 +1,49 @@
+"""A packed layer's tensors as parameters of vLLM's layer: made, read and replaced in one place.
+
+A layer of vLLM may hold several packed layers, each by a prefix of its own, and each of them may be
+a stack [X, ...] of layers of one shape.
+"""
+
+from collections.abc import Callable
+
+import torch
+from vllm.model_executor.utils import replace_parameter
+
+from vllm_bmos.checkpoint.format import REQUIRED, packed_width
+from vllm_bmos.kernels import LinearConfig, LinearTensors
+
+
+def empty_tensors(config: LinearConfig, *stack: int) -> LinearTensors:
+    """Uninitialised tensors of a layer in the checkpoint's layout, or of a stack of such layers."""
+    N, K, E, S = config.N, config.K, config.E, len(config.shard_sizes)
+    return LinearTensors(
+        weight=torch.empty((*stack, N, packed_width(K)), dtype=torch.uint8),
+        in_channel_scale=torch.empty((*stack, S, E, K), dtype=config.scale_dtype),
+        out_channel_scale=torch.empty((*stack, E, N), dtype=config.scale_dtype),
+        router_weight=torch.empty((*stack, S, E, K), dtype=config.scale_dtype),
+    )
+
+
+def register_tensors(
+    layer: torch.nn.Module,
+    tensors: LinearTensors,
+    weight_loader: Callable[..., object],
+    prefix: str = "",
+) -> None:
+    """Give the layer the tensors as parameters; each knows its name in the format."""
+    for suffix, tensor in zip(REQUIRED, tensors.in_order(), strict=True):
+        parameter = torch.nn.Parameter(tensor, requires_grad=False)
+        parameter.bmos_suffix = suffix  # type: ignore[attr-defined]
+        parameter.weight_loader = weight_loader  # type: ignore[attr-defined]
+        layer.register_parameter(prefix + suffix, parameter)
+
+
+def registered_tensors(layer: torch.nn.Module, prefix: str = "") -> LinearTensors:
+    """What the layer holds now."""
+    return LinearTensors(*(getattr(layer, prefix + suffix).data for suffix in REQUIRED))
+
+
+def replace_tensors(layer: torch.nn.Module, tensors: LinearTensors, prefix: str = "") -> None:
+    """Put others in their place, of another layout, say."""
+    for suffix, tensor in zip(REQUIRED, tensors.in_order(), strict=True):
+        replace_parameter(layer, prefix + suffix, tensor)
