@@ -11,6 +11,7 @@ from typing import Any
 
 from converters.options import Options
 from vllm_bmos.checkpoint.format import FFN_EXPERT, FFN_EXPERT_NAMES, FormatError, TensorSpec
+from vllm_bmos.integrations.experts import is_gated_mlp
 
 GATE_UP, DOWN = "gate_up_proj", "down_proj"  # the 3-D weights, in files as in transformers
 IN_EXPERTS = re.compile(r"\.(experts|expert)\.")
@@ -23,12 +24,11 @@ def is_experts(module: Any) -> bool:
     Biases, gates of a family's own and other orders of the dimensions are not taken for it.
     """
     weights = (getattr(module, name, None) for name in (GATE_UP, DOWN))
-    own_gate = getattr(getattr(type(module), "_apply_gate", None), "__name__", "") == "_apply_gate"
-    return all(getattr(weight, "ndim", 0) == 3 for weight in weights) and not (
-        own_gate
-        or getattr(module, "has_bias", False)
-        or getattr(module, "is_transposed", False)
-        or not getattr(module, "is_concatenated", True)
+    return (
+        all(getattr(weight, "ndim", 0) == 3 for weight in weights)
+        and is_gated_mlp(module)
+        and not getattr(module, "is_transposed", False)
+        and getattr(module, "is_concatenated", True)
     )
 
 

@@ -32,6 +32,7 @@ from vllm_bmos.checkpoint.format import (
     WEIGHT,
     packed_width,
 )
+from vllm_bmos.integrations.experts import is_gated_mlp
 from vllm_bmos.output_norm import output_layer_norm
 
 __all__ = ["BinaryMosExperts", "BinaryMosHfConfig", "BinaryMosLinear", "BinaryMosQuantizer"]
@@ -214,10 +215,7 @@ class BinaryMosQuantizer(HfQuantizer):
                 "experts, and not every one is listed with gate, up and down. Convert the model "
                 "again."
             )
-        gate = getattr(
-            type(old), "_apply_gate", None
-        )  # act_fn(gate) * up, unless a family has its own
-        if getattr(old, "has_bias", False) or getattr(gate, "__name__", "") == "_apply_gate":
+        if not is_gated_mlp(old):
             raise FormatError(
                 f"{name}: {type(old).__name__} has biases or a gate of its own, which quantized "
                 r"feed-forward experts cannot have. Convert the model with --ignore '\.experts'."
