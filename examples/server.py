@@ -61,12 +61,16 @@ class Server:
         """Where the server listens."""
         return f"http://{HOST}:{self.port}"
 
-    def __enter__(self) -> "Server":
+    def start(self) -> None:
+        """Start the process, and do not wait for it."""
         with self.log.open("wb") as log:
             # A session of its own, so that a Ctrl-C in the terminal reaches us alone.
             self.process = subprocess.Popen(
                 self.command, stdout=log, stderr=log, env=self.env, start_new_session=True
             )
+
+    def __enter__(self) -> "Server":
+        self.start()
         try:
             self._wait_until_ready()
         except BaseException:

@@ -15,6 +15,13 @@ import torch
 
 PROMPTS = [[5, 17, 301, 44, 9, 250, 77], [400, 3, 3, 90, 12], [7] * 40, [11]]
 NEW_TOKENS = 24
+# Environments for `subprocess_answers`.
+COMPILED = {"TORCH_COMPILE_DISABLE": "0"}
+TWO_RANKS = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+    # Without a core for each rank, two spinning ranks starve one another.
+    "VLLM_CPU_OMP_THREADS_BIND": "0|1",
+}
 
 
 @dataclass
@@ -152,3 +159,18 @@ def run_engine(
         text=True,
         timeout=560,
     )
+
+
+def errors_beside_transformers(
+    path: Path, dtype: torch.dtype, answers: list[Answer]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """How far log-probabilities in 16 bits are from float32's: those of answers, transformers'."""
+    found, truth, peer = (
+        torch.tensor([p for answer in some for p in answer.logprobs])
+        for some in (
+            answers,
+            reference_answers(path, torch.float32, answers=answers),
+            reference_answers(path, dtype, answers=answers),
+        )
+    )
+    return (found - truth).abs(), (peer - truth).abs()

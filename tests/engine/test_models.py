@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from tests.engine.compare import (
-    Answer,
     assert_same,
     assert_varied,
+    errors_beside_transformers,
     reference_answers,
     vllm_answers,
 )
@@ -40,15 +40,9 @@ def test_16_bits_are_as_close_to_fp32_as_transformers_is(
     path = make_packed(arch, tmp_path, scale_dtype=getattr(torch, dtype))
     found = vllm_answers(path, dtype)
     assert_varied(found)
-    truth = logprobs(reference_answers(path, torch.float32, answers=found))
-    peer = logprobs(reference_answers(path, getattr(torch, dtype), answers=found))
-    error, peer_error = (logprobs(found) - truth).abs(), (peer - truth).abs()
+    error, peer_error = errors_beside_transformers(path, getattr(torch, dtype), found)
     assert error.mean() < 1.5 * peer_error.mean() + 0.005
     assert error.max() < 2 * peer_error.max() + 0.02
-
-
-def logprobs(answers: list[Answer]) -> torch.Tensor:
-    return torch.tensor([p for answer in answers for p in answer.logprobs])
 
 
 @pytest.mark.feature("Numerics", "1 and 3 experts", against="transformers, equal tokens")

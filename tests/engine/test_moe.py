@@ -11,19 +11,20 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.engine.compare import (
+    COMPILED,
     NEW_TOKENS,
     PROMPTS,
+    TWO_RANKS,
     Answer,
     assert_same,
     assert_varied,
     engine,
+    errors_beside_transformers,
     generate,
     reference_answers,
     subprocess_answers,
     vllm_answers,
 )
-from tests.engine.test_models import logprobs
-from tests.engine.test_parallel import COMPILED, TWO_RANKS
 from tests.tiny import MOE_CONFIGS, make_packed
 
 Made = dict[str, tuple[Path, list[Answer]]]
@@ -96,9 +97,8 @@ def test_bfloat16_is_as_close_to_fp32_as_transformers_is(arch: str, made: Made) 
     path, _ = made[arch]
     found = vllm_answers(path, "bfloat16")
     assert_varied(found)
-    truth = logprobs(reference_answers(path, torch.float32, answers=found))
-    peer = logprobs(reference_answers(path, torch.bfloat16, answers=found))
-    error, peer_error = (logprobs(found) - truth).abs(), (peer - truth).abs()
+    error, peer_error = errors_beside_transformers(path, torch.bfloat16, found)
+    # Not their largest: where the token router is near a tie, a token goes to another expert.
     assert error.mean() < 1.5 * peer_error.mean() + 0.005
 
 

@@ -8,6 +8,8 @@ import torch
 
 from tests.engine.adapters import adapted, make_adapter
 from tests.engine.compare import (
+    COMPILED,
+    TWO_RANKS,
     assert_same,
     assert_varied,
     model_answers,
@@ -17,13 +19,6 @@ from tests.engine.compare import (
     subprocess_answers,
 )
 from tests.tiny import make_packed, random_model
-
-COMPILED = {"TORCH_COMPILE_DISABLE": "0"}
-TWO_RANKS = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
-    # Without a core for each rank, two spinning ranks starve one another.
-    "VLLM_CPU_OMP_THREADS_BIND": "0|1",
-}
 
 
 @pytest.mark.feature("Numerics", "torch.compile", against="transformers")

@@ -4,7 +4,8 @@ import pytest
 import torch
 from vllm.model_executor.layers.linear import ColumnParallelLinear, QKVParallelLinear
 
-from vllm_bmos.checkpoint import FormatError, pack_signs
+from tests.plugin.layers import random_tensors
+from vllm_bmos.checkpoint import FormatError
 from vllm_bmos.checkpoint.format import IN_SCALE, OUT_SCALE, REQUIRED, ROUTER, WEIGHT
 from vllm_bmos.plugin.linear import check_split, output_slices
 from vllm_bmos.plugin.loader import LayerLoader, Slice
@@ -13,17 +14,7 @@ K, E = 48, 3
 
 
 def layer_tensors(N: int, seed: int = 0) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-
-    def random(*shape: int) -> torch.Tensor:
-        return torch.rand(shape, generator=generator).half()
-
-    return {
-        WEIGHT: pack_signs(torch.randint(0, 2, (N, K), generator=generator).bool()),
-        IN_SCALE: random(E, K),
-        OUT_SCALE: random(E, N),
-        ROUTER: random(E, K),
-    }
+    return random_tensors(N, K, E, seed)
 
 
 def make_parameters(loader: LayerLoader) -> dict[str, torch.nn.Parameter]:

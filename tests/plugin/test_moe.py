@@ -7,7 +7,8 @@ import pytest
 import torch
 from vllm.model_executor.layers.fused_moe import MoEActivation, RoutedExperts
 
-from vllm_bmos.checkpoint import BinaryMosConfig, FormatError, pack_signs
+from tests.plugin.layers import random_tensors
+from vllm_bmos.checkpoint import BinaryMosConfig, FormatError
 from vllm_bmos.checkpoint.format import IN_SCALE, OUT_SCALE, REQUIRED, ROUTER, WEIGHT
 from vllm_bmos.plugin.config import BinaryMosVllmConfig
 from vllm_bmos.plugin.moe import BinaryMosMoEMethod
@@ -57,18 +58,8 @@ def built(
 
 
 def tensors_of(name: str) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(ALL.index(name))
     N, K = (H, INNER) if name.endswith("down_proj") else (INNER, H)
-
-    def random(*shape: int) -> torch.Tensor:
-        return torch.rand(shape, generator=generator).half()
-
-    return {
-        WEIGHT: pack_signs(torch.randint(0, 2, (N, K), generator=generator).bool()),
-        IN_SCALE: random(E, K),
-        OUT_SCALE: random(E, N),
-        ROUTER: random(E, K),
-    }
+    return random_tensors(N, K, E, seed=ALL.index(name))
 
 
 def load(layer: RoutedExperts, skip: str = "") -> list[int]:

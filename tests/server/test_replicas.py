@@ -1,6 +1,5 @@
 """Serving by several engines, or on several nodes, behind one address."""
 
-import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -77,17 +76,11 @@ def test_two_nodes_answer_as_one(
     options += ["--master-addr", HOST, "--master-port", str(free_port())]
     env = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     other = Server(model, [*options, "--node-rank", "1", "--headless"], tmp_path / "1.log", env=env)
-    with other.log.open("wb") as log:
-        node = subprocess.Popen(other.command, stdout=log, stderr=log, env=other.env)
+    other.start()
     try:
         options += ["--node-rank", "0"]
         with Server(model, options, tmp_path / "0.log", env=env, timeout=600) as server:
             assert answers(server, prompts) == one
         assert "Worker_TP1" in other.log_text()
     finally:
-        node.terminate()
-        try:
-            node.wait(30)
-        except subprocess.TimeoutExpired:
-            node.kill()
-            node.wait()
+        other.stop()
