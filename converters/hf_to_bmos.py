@@ -168,6 +168,7 @@ def make_fit(plan: Plan, args: argparse.Namespace) -> "Fit":
         "latent_lr": args.latent_lr,
         "scale_lr": args.scale_lr,
         "hidden": args.hidden,
+        "compile": args.compile,
     }
     chosen = {name: value for name, value in given.items() if value is not None}
 
@@ -254,6 +255,11 @@ def _parser() -> argparse.ArgumentParser:
     convert_.add_argument("--scale-lr", type=float, help="learning rate of scales and routers")
     convert_.add_argument(
         "--hidden", type=float, help="weight of the hidden states in the training loss"
+    )
+    convert_.add_argument(
+        "--compile",
+        action="store_true",
+        help="have torch compile the model for kd-scales, qat and experts; needs a C++ compiler",
     )
     convert_.add_argument("--seed", type=int, default=0, help="of all that a fit draws")
     convert_.add_argument(

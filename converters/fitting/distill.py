@@ -45,6 +45,7 @@ class DistillOptions:
         scale_lr: learning rate of scales and routers, relative to their start.
         hidden: weight of the hidden states' distance; 0 leaves it out.
         save_steps: steps between two checkpoints.
+        compile: whether torch compiles the decoder blocks.
     """
 
     tokens: int = 250_000
@@ -54,6 +55,7 @@ class DistillOptions:
     scale_lr: float = 5e-3
     hidden: float = 0.0
     save_steps: int = 25
+    compile: bool = False
 
 
 class Windows(Dataset[dict[str, torch.Tensor]]):
@@ -79,7 +81,17 @@ def load_dense(source: Source, dtype: torch.dtype) -> Any:
 
     gguf = {"gguf_file": source.path.name} if isinstance(source, GgufSource) else {}
     model = AutoModelForCausalLM.from_pretrained(source.files, dtype=dtype, **gguf)
+    model.config.use_cache = False  # whole windows only
     return model.eval().requires_grad_(False)
+
+
+def compile_blocks(model: Any) -> None:
+    """Have torch compile the decoder blocks, in place; one compilation serves them all."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.compile(dynamic=False)
 
 
 def load_student(source: Source, start: Tensors) -> Any:
@@ -133,6 +145,9 @@ def fit(
         }
         student = load_student(source, split_start)
     set_router_units(student, train[:1])
+    if options.compile:
+        compile_blocks(student)
+        compile_blocks(teacher)
     trainer = _trainer(student, teacher, train, folder, options, seed, stage != KD_SCALES)
     has_checkpoint = any(folder.glob("checkpoint-*"))
     trainer.train(resume_from_checkpoint=True if has_checkpoint else None)
