@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from vllm_bmos.checkpoint.format import (
@@ -122,6 +123,23 @@ def make_bmos_model(directory: Path, shape: Shape, E: int, seed: int = 0) -> Non
         for name, tensor in _linear_tensors(N, K, E, share, generator).items():
             writer.write(f"{module}.{name}", tensor)
     writer.finish()
+
+
+def make_dense_model(directory: Path, shape: Shape, seed: int = 0) -> None:
+    """Write a dense model of a small shape in one file, with tokenizer, replacing `directory`."""
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+    write_config(directory, shape, None)
+    write_tokenizer(directory, shape.vocab_size)
+    blocks = [f"model.layers.{index}" for index in range(shape.num_hidden_layers)]
+    specs = _dense_specs(shape, blocks) | {
+        f"{block}.{name}.weight": TensorSpec("BF16", size)
+        for block in blocks
+        for name, size in shape.linears.items()
+    }
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {name: _dense_tensor(spec, generator) for name, spec in specs.items()}
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
 
 
 def write_config(directory: Path, shape: Shape, quantization: dict[str, Any] | None) -> None:

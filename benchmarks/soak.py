@@ -36,7 +36,7 @@ from harness import (
     start,
     write_json,
 )
-from make_model import SHAPES, make_bmos_model
+from make_model import SHAPES, make_bmos_model, make_dense_model
 from safetensors.torch import save_file
 from traffic import (
     ADAPTERS,
@@ -69,16 +69,40 @@ def main() -> int:
     parser.add_argument("--slots", type=positive_int, default=8, help="--max-num-seqs")
     parser.add_argument("--tokens", type=positive_int, default=16, help="length of an answer")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--dense",
+        action="store_true",
+        help="serve a dense model of the same shape: what fails there is vLLM's own",
+    )
+    parser.add_argument(
+        "--shutdown-timeout",
+        type=int,
+        default=0,
+        help="vLLM's: seconds that requests may take to end after SIGTERM; 0 aborts them",
+    )
     args = parser.parse_args()
     start(args.threads)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     args.json.parent.mkdir(parents=True, exist_ok=True)
     machine = machine_facts(args.threads)
     print_facts(machine)
-    result: dict[str, Any] = {"machine": machine, "minutes": args.minutes, "slots": args.slots}
+    result: dict[str, Any] = {
+        "machine": machine,
+        "minutes": args.minutes,
+        "slots": args.slots,
+        "dense": args.dense,
+        "shutdown_timeout": args.shutdown_timeout,
+    }
     with tempfile.TemporaryDirectory(prefix="soak-") as work:
         log = args.json.with_suffix(".log")
-        result |= soak(Path(work), log, args.minutes * 60, args.slots, args.tokens, args.seed)
+        model = Path(work) / "model"
+        shape = SHAPES["tiny"]
+        if args.dense:
+            make_dense_model(model, shape, args.seed)
+        else:
+            make_bmos_model(model, shape, E=4, seed=args.seed)
+        options = ["--shutdown-timeout", str(args.shutdown_timeout)]
+        result |= soak(model, options, log, args.minutes * 60, args.slots, args.tokens, args.seed)
     result["failures"] = failures(result)
     write_json(args.json, result)
     for failure in result["failures"]:
@@ -87,16 +111,15 @@ def main() -> int:
 
 
 def soak(
-    work: Path, log: Path, seconds: float, slots: int, tokens: int, seed: int
+    model: Path, options: list[str], log: Path, seconds: float, slots: int, tokens: int, seed: int
 ) -> dict[str, Any]:
-    """Serve, load, check and stop; the result without the machine."""
-    model = work / "model"
-    make_bmos_model(model, SHAPES["tiny"], E=4, seed=seed)
+    """Serve a tiny model, load, check and stop; the result without the machine."""
+    work = model.parent
     (model / "chat_template.jinja").write_text(TEMPLATE)
     adapters = [f"{name}={make_adapter(model, work / name)}" for name in ADAPTERS]
     temporary = work / "tmp"
     temporary.mkdir()
-    options = ["--served-model-name", MODEL, "--dtype", "float32", "--enforce-eager"]
+    options += ["--served-model-name", MODEL, "--dtype", "float32", "--enforce-eager"]
     options += ["--max-model-len", "512", "--max-num-seqs", str(slots)]
     # On a CPU vLLM gives requests without an adapter the last slot's: it must stay free.
     options += ["--enable-lora", "--max-loras", str(len(ADAPTERS) + 1)]
@@ -152,10 +175,15 @@ def open_things(leader: int, temporary: Path) -> dict[str, int]:
 
 @dataclass
 class Watch:
-    """Samples the resident memory of a session from a thread of its own."""
+    """Samples the resident memory of a session's processes from a thread of its own.
+
+    Attributes:
+        leader: the session's.
+        samples: of each moment, bytes by the process's name.
+    """
 
     leader: int
-    samples: list[int] = field(default_factory=list)
+    samples: list[dict[str, int]] = field(default_factory=list)
 
     def __enter__(self) -> "Watch":
         self._done = threading.Event()
@@ -170,21 +198,41 @@ class Watch:
     def _run(self) -> None:
         while not self._done.wait(SAMPLE_SECONDS):
             try:
-                self.samples.append(resident_bytes(session_pids(self.leader)))
+                self.samples.append(resident_by_name(session_pids(self.leader)))
             except (FileNotFoundError, ProcessLookupError):
                 continue  # a process ended while it was looked at
 
     def summary(self) -> dict[str, Any]:
-        """Medians of the first and last quarters of the samples after the warm-up."""
+        """What changed from the first to the last quarter of the samples after the warm-up."""
         warm = self.samples[int(len(self.samples) * WARM_UP) :]
-        quarter = max(1, len(warm) // 4)
-        first, last = statistics.median(warm[:quarter]), statistics.median(warm[-quarter:])
+        totals = growth([sum(sample.values()) for sample in warm])
+        names = sorted({name for sample in warm for name in sample})
+        parts = {name: growth([sample.get(name, 0) for sample in warm]) for name in names}
+        drift = totals["last_quarter_bytes"] / totals["first_quarter_bytes"] - 1
         return {
             "samples": len(self.samples),
-            "first_quarter_bytes": first,
-            "last_quarter_bytes": last,
-            "drift": round(last / first - 1, 4),
+            **totals,
+            "drift": round(drift, 4),
+            "by_process": parts,
         }
+
+
+def resident_by_name(pids: Sequence[int]) -> dict[str, int]:
+    """Resident bytes of processes by the name that each has given itself."""
+    found: dict[str, int] = {}
+    for pid in pids:
+        name = Path(f"/proc/{pid}/comm").read_text().strip()
+        found[name] = found.get(name, 0) + resident_bytes([pid])
+    return found
+
+
+def growth(values: Sequence[float]) -> dict[str, float]:
+    """Medians of the first and last quarters."""
+    quarter = max(1, len(values) // 4)
+    return {
+        "first_quarter_bytes": statistics.median(values[:quarter]),
+        "last_quarter_bytes": statistics.median(values[-quarter:]),
+    }
 
 
 def summary(tally: Tally, seconds: float) -> dict[str, Any]:

@@ -3,8 +3,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from make_model import SHAPES, make_bmos_model, write_tokenizer
-from transformers import AutoTokenizer
+from make_model import SHAPES, make_bmos_model, make_dense_model, write_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from vllm_bmos.checkpoint.verify import verify
 
@@ -42,3 +42,12 @@ def test_same_seed_same_bytes(model: Path, tmp_path: Path):
     make_bmos_model(tmp_path, replace(SHAPES["tiny"], intermediate_size=350), E=3)
     name = "model.safetensors"
     assert (tmp_path / name).read_bytes() == (model / name).read_bytes()
+
+
+def test_a_dense_model_has_every_weight(tmp_path: Path):
+    make_dense_model(tmp_path / "dense", SHAPES["tiny"])
+    model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    layer = model.model.layers[1].mlp.down_proj
+    assert layer.weight.shape == (128, SHAPES["tiny"].intermediate_size)
+    assert 0.9 < layer.weight.square().sum(1).mean() < 1.1  # rows of length 1

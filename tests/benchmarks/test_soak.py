@@ -44,8 +44,12 @@ def test_each_kind_of_failure_is_named(change: dict, said: str) -> None:
 
 
 def test_drift_compares_the_ends_of_the_run_after_the_warm_up() -> None:
-    watch = Watch(0, samples=[1, 1, 100, 100, 105, 103, 102, 102])
-    assert watch.summary()["drift"] == 0.02
+    sizes = [1, 1, 100, 100, 105, 103, 102, 102]
+    watch = Watch(0, samples=[{"server": 1000, "engine": size - 1000} for size in sizes])
+    summary = watch.summary()
+    assert summary["drift"] == 0.02
+    engine = {"first_quarter_bytes": 100 - 1000, "last_quarter_bytes": 102 - 1000}
+    assert summary["by_process"]["engine"] == engine
 
 
 def test_percentiles_are_in_milliseconds() -> None:
