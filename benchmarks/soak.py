@@ -77,8 +77,9 @@ def main() -> int:
     parser.add_argument(
         "--shutdown-timeout",
         type=int,
-        default=0,
-        help="vLLM's: seconds that requests may take to end after SIGTERM; 0 aborts them",
+        default=30,
+        help="vLLM's: seconds that requests may take to end after SIGTERM; with 0 it aborts them, "
+        "and in about half of the stops waits for clients that it will never answer",
     )
     args = parser.parse_args()
     start(args.threads)

@@ -4,6 +4,8 @@ A layer of vLLM may hold several packed layers, each by a prefix of its own, and
 a stack [X, ...] of layers of one shape.
 """
 
+import math
+import mmap
 from collections.abc import Callable
 
 import torch
@@ -17,11 +19,24 @@ def empty_tensors(config: LinearConfig, *stack: int) -> LinearTensors:
     """Uninitialised tensors of a layer in the checkpoint's layout, or of a stack of such layers."""
     N, K, E, S = config.N, config.K, config.E, len(config.shard_sizes)
     return LinearTensors(
-        weight=torch.empty((*stack, N, packed_width(K)), dtype=torch.uint8),
-        in_channel_scale=torch.empty((*stack, S, E, K), dtype=config.scale_dtype),
-        out_channel_scale=torch.empty((*stack, E, N), dtype=config.scale_dtype),
-        router_weight=torch.empty((*stack, S, E, K), dtype=config.scale_dtype),
+        weight=_empty((*stack, N, packed_width(K)), torch.uint8),
+        in_channel_scale=_empty((*stack, S, E, K), config.scale_dtype),
+        out_channel_scale=_empty((*stack, E, N), config.scale_dtype),
+        router_weight=_empty((*stack, S, E, K), config.scale_dtype),
     )
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """An uninitialised tensor on the default device.
+
+    On a CPU it is a memory map of its own, which goes back to the system with the tensor. Kernels
+    replace these tensors after loading, and malloc would keep what they leave: a second model.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    if torch.get_default_device().type != "cpu" or size == 0:
+        return torch.empty(shape, dtype=dtype)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 def register_tensors(
