@@ -93,14 +93,16 @@ def test_sharded_state_comes_back(tmp_path: Path) -> None:
 
 @pytest.mark.feature(
     "Loading",
-    "sharded state of a model with an untied lm_head",
+    "sharded state of a model with an untied lm_head, or of a mixture of experts",
     limit="on a CPU vLLM drops the weights that it has packed for oneDNN before it saves them; a "
     "dense model's layers are missing in the same way",
 )
 def test_vllm_saves_an_incomplete_sharded_state_on_a_cpu(packed: Path, tmp_path: Path) -> None:
     dense = tmp_path / "dense"
     random_model("llama").save_pretrained(dense)
-    for path, missing in ((packed, "lm_head.weight"), (dense, "qkv_proj.weight")):
+    mixture = make_packed("mixtral", tmp_path / "mixture")
+    found = (packed, "lm_head.weight"), (dense, "qkv_proj.weight"), (mixture, "moe.gate.weight")
+    for path, missing in found:
         state = tmp_path / f"state-{missing}"
         state.mkdir()
         save_state(path, state)

@@ -16,7 +16,7 @@ from tests.engine.compare import (
     model_answers,
     reference_model,
 )
-from tests.tiny import random_model
+from tests.tiny import make_packed, random_model
 
 PROJECTIONS = "LoRA on all seven projections; two adapters and none in one batch"
 
@@ -73,3 +73,24 @@ def test_without_a_free_slot_vllm_gives_everybody_an_adapter(
             mixed = [adapters[0], None, adapters[0], None]
             found = generate(llm, PROMPTS, lora_request=mixed)
             assert all(found[i].tokens != before[i].tokens for i in (1, 3))
+
+
+@pytest.mark.slow
+@pytest.mark.feature(
+    "Adapters",
+    "LoRA with a mixture of experts",
+    limit="vLLM's LoRA layer for experts works with its Triton kernels only: it refuses to start, "
+    "and a dense mixture fails at the first request on a CPU",
+)
+def test_vllm_runs_no_mixture_with_lora_on_a_cpu(tmp_path: Path) -> None:
+    dense = tmp_path / "dense"
+    random_model("mixtral").save_pretrained(dense)
+    errors = {
+        make_packed("mixtral", tmp_path / "packed"): "modular kernel not supported",
+        dense: "triton.language",
+    }
+    for path, error in errors.items():
+        options = {"enable_lora": True, "max_loras": 2, "max_lora_rank": 8}
+        with pytest.raises(Exception, match=error):
+            with engine(path, "float32", **options) as llm:
+                generate(llm, PROMPTS)
