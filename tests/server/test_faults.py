@@ -109,20 +109,17 @@ def test_a_stopped_rank_does_not_hang_for_ever(packed: Path, tmp_path: Path) -> 
 
 @pytest.mark.feature(
     "Faults",
-    "SIGTERM in the middle of requests",
-    against="the server ends within seconds, no process is left",
+    "SIGTERM in the middle of requests, `--shutdown-timeout 30`",
+    against="requests are answered, the server ends, no process is left; without the option vLLM "
+    "loses the end of requests in half of its stops, a dense model's too, and waits for clients",
 )
 def test_sigterm_in_the_middle_of_requests(packed: Path, tmp_path: Path) -> None:
-    with Server(packed, EAGER, tmp_path / "log") as server:
+    with Server(packed, [*EAGER, "--shutdown-timeout", "30"], tmp_path / "log") as server:
         assert ask(server)
         ended = []
 
         def one() -> None:
-            try:
-                ask(server, tokens=200)
-            except APIError:
-                pass
-            ended.append(True)
+            ended.append(ask(server, tokens=200))
 
         threads = [threading.Thread(target=one) for _ in range(4)]
         for thread in threads:
@@ -133,8 +130,42 @@ def test_sigterm_in_the_middle_of_requests(packed: Path, tmp_path: Path) -> None
         server.process.wait(BOUND_SECONDS)
         for thread in threads:
             thread.join(BOUND_SECONDS)
-        assert len(ended) == 4
+        assert len(ended) == 4 and len(set(ended)) == 1
         assert_gone(server)
+
+
+FAKETIME = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1")
+DAY = 24 * 3600
+
+
+@pytest.mark.feature(
+    "Faults",
+    "the clock jumps by a day, forward and back, before and in the middle of requests",
+    against="equal answers; answers are dated by the new clock",
+)
+@pytest.mark.skipif(not FAKETIME.exists(), reason="needs Debian's package faketime")
+def test_clock_jumps(packed: Path, tmp_path: Path) -> None:
+    clock = tmp_path / "clock"
+    clock.write_text("+0")
+    env = {
+        "LD_PRELOAD": str(FAKETIME),
+        "FAKETIME_TIMESTAMP_FILE": str(clock),
+        "FAKETIME_NO_CACHE": "1",
+        # A real clock jumps, too, while the monotonic one goes on.
+        "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+        "DONT_FAKE_MONOTONIC": "1",
+    }
+    with Server(packed, EAGER, tmp_path / "log", env=env) as server:
+        client = OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60)
+        expected = ask(server, tokens=200)
+        for days in (1, -1, 0):
+            jump = threading.Timer(0.1, clock.write_text, (f"{days * DAY:+d}",))
+            jump.start()
+            assert ask(server, tokens=200) == expected
+            jump.join()
+            assert ask(server, tokens=200) == expected
+            dated = client.completions.create(model="tiny", prompt="one", max_tokens=1).created
+            assert abs(dated - time.time() - days * DAY) < 60
 
 
 @pytest.mark.feature(
