@@ -20,7 +20,7 @@ from converters.calibration import CalibrationError
 from converters.compare import compare
 from converters.evaluate import evaluate, router_entropy
 from converters.fitting import FITTED_STAGES, STAGES
-from converters.fitting.distributed import is_main
+from converters.fitting.distributed import is_main, world_size
 from converters.locked import TargetError
 from converters.model_card import README, model_card
 from converters.options import Options
@@ -53,7 +53,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given and given[0] not in COMMANDS and given[0] not in ("-h", "--help"):
         given.insert(0, "convert")
-    args = _parser().parse_args(given)
+    parser = _parser()
+    args = parser.parse_args(given)
+    if getattr(args, "fsdp", False) and world_size() == 1:
+        parser.error("--fsdp: expected several processes, found one; start it with torchrun")
     level = logging.INFO if is_main() and not args.quiet else logging.WARNING
     logging.basicConfig(level=level, stream=sys.stderr, format="%(message)s", force=True)
     logging.getLogger("httpx").setLevel(logging.WARNING)
@@ -169,6 +172,7 @@ def make_fit(plan: Plan, args: argparse.Namespace) -> "Fit":
         "scale_lr": args.scale_lr,
         "hidden": args.hidden,
         "compile": args.compile,
+        "fsdp": args.fsdp,
     }
     chosen = {name: value for name, value in given.items() if value is not None}
 
@@ -260,6 +264,11 @@ def _parser() -> argparse.ArgumentParser:
         "--compile",
         action="store_true",
         help="have torch compile the model for kd-scales, qat and experts; needs a C++ compiler",
+    )
+    convert_.add_argument(
+        "--fsdp",
+        action="store_true",
+        help="under torchrun, split what is trained over the processes, instead of a copy for each",
     )
     convert_.add_argument("--seed", type=int, default=0, help="of all that a fit draws")
     convert_.add_argument(

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset
 
 from converters.fitting.distributed import is_main
@@ -24,7 +25,7 @@ from converters.fitting.experts import merge_where_useless, split, with_experts
 from converters.fitting.layer import layer_of
 from converters.fitting.student import make_student, set_router_units, trainable_layers
 from converters.sources import Source
-from vllm_bmos.checkpoint.format import WEIGHT
+from vllm_bmos.checkpoint.format import WEIGHT, FormatError
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,7 @@ class DistillOptions:
         hidden: weight of the hidden states' distance; 0 leaves it out.
         save_steps: steps between two checkpoints.
         compile: whether torch compiles the decoder blocks.
+        fsdp: whether the processes share the student's parameters and what Adam keeps of them.
     """
 
     tokens: int = 250_000
@@ -56,6 +58,7 @@ class DistillOptions:
     hidden: float = 0.0
     save_steps: int = 25
     compile: bool = False
+    fsdp: bool = False
 
 
 class Windows(Dataset[dict[str, torch.Tensor]]):
@@ -202,7 +205,6 @@ def _trainer(
     train_signs: bool,
 ) -> Any:
     from transformers import Trainer, TrainerCallback, TrainingArguments
-    from transformers import get_cosine_schedule_with_warmup as cosine
 
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -216,26 +218,33 @@ def _trainer(
         report_to=[],
         disable_tqdm=True,
         remove_unused_columns=False,
+        lr_scheduler_type="cosine",
+        fsdp=options.fsdp,
+        fsdp_config={"state_dict_type": "SHARDED_STATE_DICT"} if options.fsdp else None,
         use_cpu=not torch.cuda.is_available(),
     )
     length = train.shape[1]
     steps = max(1, options.tokens // (options.batch * length * arguments.world_size))
-    arguments.max_steps = steps
+    arguments.max_steps, arguments.warmup_steps = steps, max(1, steps // 10)
     layers = list(trainable_layers(student).values())
     for layer in layers:
         layer.latent.requires_grad_(train_signs)
         layer.router.requires_grad_(layer.E > 1)
-    latents = [layer.latent for layer in layers if train_signs]
-    others = [p for layer in layers for p in (layer.factor_in, layer.factor_out)]
-    others += [layer.router for layer in layers if layer.E > 1]
-    groups = [{"params": others, "lr": options.scale_lr}]
-    if latents:
-        groups.append({"params": latents, "lr": options.latent_lr})
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
-    schedule = cosine(optimizer, max(1, steps // 10), steps)
     losses: deque[torch.Tensor] = deque(maxlen=LOG_STEPS)
 
     class Distiller(Trainer):  # type: ignore[misc,unused-ignore]
+        def create_optimizer(self, *_: Any, **__: Any) -> torch.optim.Optimizer:
+            latents = [layer.latent for layer in layers if train_signs]
+            others = [p for layer in layers for p in (layer.factor_in, layer.factor_out)]
+            others += [layer.router for layer in layers if layer.E > 1]
+            groups = [{"params": others, "lr": options.scale_lr}]
+            if latents:
+                groups.append({"params": latents, "lr": options.latent_lr})
+            self.optimizer = torch.optim.AdamW(
+                groups, betas=(0.9, 0.99), weight_decay=0.0, fused=True
+            )
+            return self.optimizer
+
         def compute_loss(
             self, model: Any, inputs: dict[str, torch.Tensor], *_: Any, **__: Any
         ) -> torch.Tensor:
@@ -251,8 +260,13 @@ def _trainer(
             return loss
 
     class Progress(TrainerCallback):  # type: ignore[misc,unused-ignore]
-        def on_train_begin(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
+        def on_train_begin(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
             self.began, self.first = time.monotonic(), state.global_step
+            trained = [p for p in model.parameters() if p.requires_grad]
+            here = sum(
+                p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in trained
+            )
+            logger.info("trained here: %d of %d values", here, sum(p.numel() for p in trained))
 
         def on_step_end(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
             done = state.global_step
@@ -261,13 +275,15 @@ def _trainer(
                 mean = float(torch.stack(list(losses)).mean())
                 logger.info("step %d of %d: KL %.3f, about %.0f s left", done, steps, mean, left)
 
-    return Distiller(
+    trainer = Distiller(
         model=student,
         args=arguments,
         train_dataset=Windows(train),
-        optimizers=(optimizer, schedule),
         callbacks=[Progress()] if is_main() else [],
     )
+    if options.fsdp and not trainer.is_fsdp_enabled:
+        raise FormatError("--fsdp: accelerate has FSDP for GPUs only. Leave it out on a CPU.")
+    return trainer
 
 
 def module_names(model: Any, source: Source) -> dict[str, str]:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from vllm_bmos.checkpoint.format import IN_SCALE, OUT_SCALE, ROUTER, WEIGHT
 from vllm_bmos.checkpoint.signs import pack_signs, unpack_signs
@@ -132,12 +133,20 @@ class TrainableLinear(nn.Module):
     @torch.no_grad()
     def pack(self, dtype: torch.dtype) -> Tensors:
         """The layer's tensors by their names in the format."""
+        S_in = self.start_in * whole(self.factor_in)  # type: ignore[operator]
+        S_out = self.start_out * whole(self.factor_out)  # type: ignore[operator]
+        R = self.start_router + self.router_unit * whole(self.router)  # type: ignore[operator]
         return {
-            WEIGHT: pack_signs(self.latent >= 0),
-            IN_SCALE: self.S_in.to(dtype),
-            OUT_SCALE: self.S_out.to(dtype),
-            ROUTER: self.R.to(dtype),
+            WEIGHT: pack_signs(whole(self.latent) >= 0),
+            IN_SCALE: S_in.to(dtype),
+            OUT_SCALE: S_out.to(dtype),
+            ROUTER: R.to(dtype),
         }
+
+
+def whole(parameter: torch.Tensor) -> torch.Tensor:
+    """A parameter of which FSDP may have left a part to each process."""
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
 
 def trainable_layers(model: nn.Module) -> dict[str, TrainableLinear]:

@@ -137,6 +137,7 @@ def test_exit_code_of_a_bad_target(tmp_path, source, capsys):
         ["--max-shard-size", "big"],
         ["--max-shard-size", "0"],
         ["--jobs", "-1"],
+        ["--fsdp"],  # without torchrun
         ["--no-such-flag"],
     ],
 )
