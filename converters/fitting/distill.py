@@ -140,7 +140,8 @@ def fit(
     student = load_student(source, with_experts(start, source.modules, 1))
     before = held_out_loss(student, teacher, held_out)
     logger.info("held-out KL before training: %.4f", before)
-    if stage == EXPERTS and all(layer.E == 1 for layer in trainable_layers(student).values()):
+    experts = stage == EXPERTS and E > 1
+    if experts and all(layer.E == 1 for layer in trainable_layers(student).values()):
         apart = split(student, train, E, seed)
         names = module_names(student, source)
         split_start = {
@@ -154,7 +155,7 @@ def fit(
     trainer = _trainer(student, teacher, train, folder, options, seed, stage != KD_SCALES)
     has_checkpoint = any(folder.glob("checkpoint-*"))
     trainer.train(resume_from_checkpoint=True if has_checkpoint else None)
-    if stage == EXPERTS:
+    if experts:
         merge_where_useless(student, lambda: held_out_loss(student, teacher, held_out))
     after = held_out_loss(student, teacher, held_out)
     logger.info("held-out KL: %.4f -> %.4f", before, after)
