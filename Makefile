@@ -1,6 +1,6 @@
 # make setup   creates .venv with everything (the other targets do it by themselves)
 # make demo    fits a real model to 1 bit, serves it, asks it two questions, stops; with FIT=long
-#              it trains for an hour or two, with FIT=none it looks at the weights only
+#              it trains for an hour or more, with FIT=none it looks at the weights only
 # make serve   the same, and leaves the server running
 # make test    the default test suite; make test-slow: the long tests
 # make features    runs what docs/FEATURES.md says (long), and writes it
