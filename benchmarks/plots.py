@@ -1,6 +1,7 @@
 """Plots of the benchmarks' JSON results. Without matplotlib there is a warning and no plot."""
 
 import importlib.util
+import math
 import types
 from pathlib import Path
 from typing import Any
@@ -115,7 +116,10 @@ def plot_quality(result: dict[str, Any], path: Path) -> None:
     )
     for axis, text in zip(axes[0], texts, strict=True):
         scored = [row for row in rows if text in row["perplexity"]]
-        for row in scored:
+        values = [row["perplexity"][text]["perplexity"] for row in scored]
+        height = math.log10(max(values) / min(values)) / 25  # of a label, on the logarithmic axis
+        lowest = 0.0  # where the next label may be
+        for row in sorted(scored, key=lambda row: float(row["perplexity"][text]["perplexity"])):
             value = row["perplexity"][text]["perplexity"]
             if row["key"] == "float16":
                 axis.axhline(value, color="#222222", linestyle="--", linewidth=1)
@@ -123,7 +127,15 @@ def plot_quality(result: dict[str, Any], path: Path) -> None:
                 continue
             color = COLORS["torch"] if row["stage"] is None else COLORS[OURS]
             axis.plot(row["bits"], value, "o", color=color, markersize=7)
-            axis.annotate(f"{row['name']}: {value:,.0f}", (row["bits"], value), (7, -3), **LABEL)
+            place = max(math.log10(value), lowest)
+            lowest = place + height
+            axis.annotate(
+                f"{row['name']}: {value:,.0f}",
+                (row["bits"], value),
+                (row["bits"] + 0.06, 10**place),
+                **{**LABEL, "textcoords": "data"},
+                va="center",
+            )
         axis.set(yscale="log", xlim=(0.9, 4.2), xlabel="stored bits per quantized weight")
         axis.set_title(text, fontsize=10)
         axis.grid(alpha=0.3)
@@ -131,7 +143,7 @@ def plot_quality(result: dict[str, Any], path: Path) -> None:
     fit = result["settings"]
     figure.suptitle(
         f"{result['model']}\nBinaryMoS (red) and baselines (grey), fitted on "
-        f"{fit['windows']} windows of {fit['length']} tokens",
+        f"{fit['windows']} windows of {fit['length']} tokens; qat and experts trained on more",
         fontsize=10,
     )
     figure.savefig(path, dpi=110)

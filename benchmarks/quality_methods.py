@@ -156,7 +156,7 @@ def check_made(method: Method, target: Path, fit: dict[str, Any]) -> int:
     The model says by itself how it was made: `quantization.json` or the checkpoint's provenance.
 
     Returns:
-        On how many tokens it was trained beyond calibration.
+        On how many tokens it was trained beyond calibration, in all stages that led to it.
 
     Raises:
         ValueError: if it was made otherwise.
@@ -180,7 +180,7 @@ def check_made(method: Method, target: Path, fit: dict[str, Any]) -> int:
         said["texts"] = [text["name"] for text in record.get("texts", [])]
         if method.trains:  # whose record counts the windows of training
             said["windows"] = wanted["windows"]
-            tokens = int(found["fit"]["distill"]["tokens"])
+            tokens = int(found["trained_tokens"])
     if said != wanted:
         raise ValueError(f"{method.key}: {target} was made by {said}, not by {wanted}.")
     return tokens

@@ -139,12 +139,14 @@ class Fit:
         self.text = self._sample(plan)
         if is_main():
             wait_for_all()
+        trained = options.distill.tokens * len(set(DISTILLED) & set(self.stages))
         used = {"distill" if name in DISTILLED else name for name in self.stages}
         provenance = {
             **plan.config.provenance,
             **facts,
             "stage": stage,
             "stages": [*facts.get("start_from", {}).get("stages", ()), *self.stages],
+            "trained_tokens": facts.get("start_from", {}).get("trained_tokens", 0) + trained,
             "calibration": self.text.record,
             "fit": {name: asdict(getattr(options, name)) for name in sorted(used)},
         }
@@ -313,4 +315,5 @@ def _record(start: Checkpoint) -> dict[str, Any]:
         "name": start.path.resolve().name,
         "sha256": hashlib.sha256(data).hexdigest(),
         "stages": stages,
+        "trained_tokens": start.config.provenance.get("trained_tokens", 0),
     }

@@ -69,8 +69,14 @@ def test_a_stage_starts_from_a_packed_checkpoint(source, capsys):
     assert code == 0
     record = Checkpoint(target).config.provenance
     assert record["stages"] == ["svid", "block"] and record["start_from"]["name"] == "first"
-    _, code = convert(source, "third", "--stage", "qat", "--start-from", str(target), "--resume")
+    assert record["trained_tokens"] == 0
+    third, code = convert(
+        source, "third", "--stage", "qat", "--start-from", str(target), "--resume"
+    )
     assert code == 0
+    again, code = convert(source, "again", "--stage", "qat", "--start-from", str(third))
+    record = Checkpoint(again).config.provenance
+    assert record["trained_tokens"] == 2 * record["fit"]["distill"]["tokens"] > 0
     make_dense(source.parent / "other", "llama-mqa")
     other, _ = convert(source.parent / "other", "packed-other")
     assert convert(source, "fourth", "--stage", "qat", "--start-from", str(other))[1] == 1
