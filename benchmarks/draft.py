@@ -50,7 +50,7 @@ def main() -> int:
     """Run the command line; the exit status is 1 if the draft changed an answer."""
     args = parse_args()
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")  # for both of a 7B pair
     os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
     start(args.threads)
     machine = machine_facts(args.threads)
