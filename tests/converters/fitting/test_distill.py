@@ -184,6 +184,15 @@ def test_an_interrupted_training_continues_with_the_same_bytes(setting, monkeypa
     assert all(torch.equal(whole[name], continued[name]) for name in whole)
 
 
+def test_compiled_training_is_the_same_training(setting):
+    few = replace(OPTIONS, tokens=8 * 64)  # later, signs flip by differences in rounding
+    plain, compiled = train(setting, "plain", few), train(setting, "c", replace(few, compile=True))
+    for name, tensor in plain.items():
+        if name.endswith((IN_SCALE, OUT_SCALE)):
+            moved, apart = (tensor - other[name] for other in (setting[2], compiled))
+            assert float(apart.norm()) < 0.5 * float(moved.norm())  # Adam enlarges rounding
+
+
 def test_a_result_that_does_not_help_is_discarded(setting, caplog):
     worse = replace(OPTIONS, latent_lr=30.0, scale_lr=30.0)
     assert train(setting, "worse", worse) is setting[2]
