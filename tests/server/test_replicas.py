@@ -4,10 +4,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from openai import OpenAI
+from openai import APIError, OpenAI
 
 from examples.server import HOST, Server, free_port
-from tests.tiny import add_tokenizer, make_packed
+from tests.tiny import add_tokenizer, make_packed, random_model
 
 OPTIONS = ["--served-model-name", "tiny", "--enforce-eager", "--max-model-len", "256"]
 OPTIONS += ["--dtype", "float32"]
@@ -84,3 +84,25 @@ def test_two_nodes_answer_as_one(
         assert "Worker_TP1" in other.log_text()
     finally:
         other.stop()
+
+
+@pytest.mark.slow
+@pytest.mark.feature(
+    "Parallelism",
+    "data parallel and expert parallel together, mixtures of experts",
+    limit="vLLM's communicator for CPUs has no `all_gatherv`; a dense mixture's first request "
+    "fails in the same way",
+)
+def test_vllm_gathers_no_tokens_of_two_engines_on_a_cpu(tmp_path: Path) -> None:
+    dense, packed = tmp_path / "dense", tmp_path / "packed"
+    random_model("mixtral").save_pretrained(dense)
+    make_packed("mixtral", packed)
+    options = [*OPTIONS, "--data-parallel-size", "2", "--enable-expert-parallel"]
+    env = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+    for path in (dense, packed):
+        add_tokenizer(path)
+        log = tmp_path / f"{path.name}.log"
+        with Server(path, options, log, env=env, timeout=600) as server:
+            with pytest.raises(APIError):
+                answers(server, ["one"])
+        assert "all_gatherv" in server.log_text() and "NotImplementedError" in server.log_text()
