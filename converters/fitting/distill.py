@@ -76,15 +76,18 @@ class Windows(Dataset[dict[str, torch.Tensor]]):
         return {"input_ids": self.tokens[index]}
 
 
-def load_dense(source: Source, dtype: torch.dtype) -> Any:
-    """The whole dense model, in evaluation mode and without gradients."""
+def load_dense(source: Source, dtype: torch.dtype, use_cache: bool) -> Any:
+    """The whole dense model, in evaluation mode and without gradients.
+
+    Keys and values are kept if `use_cache`, as only writing text needs.
+    """
     from transformers import AutoModelForCausalLM
 
     from converters.sources.gguf import GgufSource
 
     gguf = {"gguf_file": source.path.name} if isinstance(source, GgufSource) else {}
     model = AutoModelForCausalLM.from_pretrained(source.files, dtype=dtype, **gguf)
-    model.config.use_cache = False  # whole windows only
+    model.config.use_cache = use_cache
     return model.eval().requires_grad_(False)
 
 
@@ -99,7 +102,7 @@ def compile_blocks(model: Any) -> None:
 
 def load_student(source: Source, start: Tensors) -> Any:
     """The dense model with trainable layers that begin as `start`."""
-    student = load_dense(source, torch.bfloat16)  # it has float32's range
+    student = load_dense(source, torch.bfloat16, use_cache=False)  # it has float32's range
     names = module_names(student, source)
     make_student(student, {name: layer_of(start, disk) for disk, name in names.items()})
     return student
@@ -136,7 +139,7 @@ def fit(
     """
     if threads:
         torch.set_num_threads(threads)
-    teacher = load_dense(source, torch.bfloat16)
+    teacher = load_dense(source, torch.bfloat16, use_cache=False)
     student = load_student(source, with_experts(start, source.modules, 1))
     before = held_out_loss(student, teacher, held_out)
     logger.info("held-out KL before training: %.4f", before)

@@ -40,7 +40,8 @@ def self_text(source: Source, tokenizer: Any, name: str, seed: int) -> Text:
     file = CACHE / f"{_key(source, int(count), seed)}.txt"
     if not file.exists():
         logger.info("the dense model writes %s tokens of calibration text", count)
-        text = generate(load_dense(source, torch.bfloat16), tokenizer, int(count), seed)
+        dense = load_dense(source, torch.bfloat16, use_cache=True)
+        text = generate(dense, tokenizer, int(count), seed)
         CACHE.mkdir(parents=True, exist_ok=True)
         part = file.with_suffix(".part")
         part.write_text(text, encoding="utf-8")
