@@ -140,13 +140,14 @@ class Fit:
         if is_main():
             wait_for_all()
         trained = options.distill.tokens * len(set(DISTILLED) & set(self.stages))
+        before = facts.get("start_from", {"stages": [], "trained_tokens": 0})
         used = {"distill" if name in DISTILLED else name for name in self.stages}
         provenance = {
             **plan.config.provenance,
             **facts,
             "stage": stage,
-            "stages": [*facts.get("start_from", {}).get("stages", ()), *self.stages],
-            "trained_tokens": facts.get("start_from", {}).get("trained_tokens", 0) + trained,
+            "stages": [*before["stages"], *self.stages],
+            "trained_tokens": before["trained_tokens"] + trained,
             "calibration": self.text.record,
             "fit": {name: asdict(getattr(options, name)) for name in sorted(used)},
         }

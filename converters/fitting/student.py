@@ -101,17 +101,17 @@ class TrainableLinear(nn.Module):
     @property
     def S_in(self) -> torch.Tensor:
         """[E, K]."""
-        return self.start_in * self.factor_in  # type: ignore[operator]
+        return self.start_in * whole(self.factor_in)  # type: ignore[operator]
 
     @property
     def S_out(self) -> torch.Tensor:
         """[E, N]."""
-        return self.start_out * self.factor_out  # type: ignore[operator]
+        return self.start_out * whole(self.factor_out)  # type: ignore[operator]
 
     @property
     def R(self) -> torch.Tensor:
         """[E, K]."""
-        return self.start_router + self.router_unit * self.router  # type: ignore[operator]
+        return self.start_router + self.router_unit * whole(self.router)  # type: ignore[operator]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The layer on x[..., K], in x's dtype."""
@@ -133,14 +133,11 @@ class TrainableLinear(nn.Module):
     @torch.no_grad()
     def pack(self, dtype: torch.dtype) -> Tensors:
         """The layer's tensors by their names in the format."""
-        S_in = self.start_in * whole(self.factor_in)  # type: ignore[operator]
-        S_out = self.start_out * whole(self.factor_out)  # type: ignore[operator]
-        R = self.start_router + self.router_unit * whole(self.router)  # type: ignore[operator]
         return {
             WEIGHT: pack_signs(whole(self.latent) >= 0),
-            IN_SCALE: S_in.to(dtype),
-            OUT_SCALE: S_out.to(dtype),
-            ROUTER: R.to(dtype),
+            IN_SCALE: self.S_in.to(dtype),
+            OUT_SCALE: self.S_out.to(dtype),
+            ROUTER: self.R.to(dtype),
         }
 
 
