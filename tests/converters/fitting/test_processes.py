@@ -58,13 +58,16 @@ def train(
         kept by the first process.
     """
     target = source.parent / name
+    there = {path.name for path in source.parent.iterdir()}
     line = command(source, target, processes, steps, *flags)
     done = subprocess.run(line, capture_output=True, text=True, env={**os.environ, "CI": "1"})
     assert done.returncode == 0, done.stderr
     found = re.findall(r"held-out KL: ([\d.]+) -> ([\d.]+)", done.stderr)
     assert len(found) == 1, "only the first process reports"
     ((here, of),) = re.findall(r"trained here: (\d+) of (\d+) values", done.stderr)
-    assert not target.with_name(f"{name}.fit").exists()
+    # Nothing is left but the result: no fit folder, also not that of a killed run.
+    left = {path.name for path in source.parent.iterdir()}
+    assert left == there - {f"{name}.fit"} | {name}
     return Checkpoint(target), *map(float, found[0]), int(here) / int(of)
 
 
