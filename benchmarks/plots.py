@@ -129,13 +129,8 @@ def plot_quality(result: dict[str, Any], path: Path) -> None:
             axis.plot(row["bits"], value, "o", color=color, markersize=7)
             place = max(math.log10(value), lowest)
             lowest = place + height
-            axis.annotate(
-                f"{row['name']}: {value:,.0f}",
-                (row["bits"], value),
-                (row["bits"] + 0.06, 10**place),
-                **{**LABEL, "textcoords": "data"},
-                va="center",
-            )
+            label = f"{row['name']}: {value:,.0f}"
+            axis.text(row["bits"] + 0.06, 10**place, label, fontsize=8, va="center")
         axis.set(yscale="log", xlim=(0.9, 4.2), xlabel="stored bits per quantized weight")
         axis.set_title(text, fontsize=10)
         axis.grid(alpha=0.3)
@@ -143,7 +138,7 @@ def plot_quality(result: dict[str, Any], path: Path) -> None:
     fit = result["settings"]
     figure.suptitle(
         f"{result['model']}\nBinaryMoS (red) and baselines (grey), fitted on "
-        f"{fit['windows']} windows of {fit['length']} tokens; qat and experts trained on more",
+        f"{fit['windows']} windows of {fit['length']} tokens; stages that train saw more",
         fontsize=10,
     )
     figure.savefig(path, dpi=110)

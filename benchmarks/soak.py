@@ -120,7 +120,7 @@ def soak(
     adapters = [f"{name}={make_adapter(model, work / name)}" for name in ADAPTERS]
     temporary = work / "tmp"
     temporary.mkdir()
-    options += ["--served-model-name", MODEL, "--dtype", "float32", "--enforce-eager"]
+    options = [*options, "--served-model-name", MODEL, "--dtype", "float32", "--enforce-eager"]
     options += ["--max-model-len", "512", "--max-num-seqs", str(slots)]
     # On a CPU vLLM gives requests without an adapter the last slot's: it must stay free.
     options += ["--enable-lora", "--max-loras", str(len(ADAPTERS) + 1)]
