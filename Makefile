@@ -3,6 +3,7 @@
 #              it trains for an hour or more, with FIT=none it looks at the weights only
 # make serve   the same, and leaves the server running
 # make test    the default test suite; make test-slow: the long tests
+# make test-oldest   what a vLLM can break, with the oldest one that is supported
 # make features    runs what docs/FEATURES.md says (long), and writes it
 # make check   linter and type checker; make sanitize: the C++ under its sanitizers
 # make bench   the quick benchmark of the linear layer
@@ -18,14 +19,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := $(VENV)/.setup-$(BACKEND)
+OLDEST := .venv-oldest
+OLDEST_VLLM = $(shell sed -n 's/^MIN_VLLM = "\(.*\)"/\1/p' vllm_bmos/plugin/versions.py)
 NATIVE := $(wildcard setup.py csrc/*)
 
-.PHONY: setup demo serve test test-slow features sanitize check bench clean
+REQUIREMENTS := pyproject.toml $(wildcard requirements/*.txt) packaging/vllm/pyproject.toml $(NATIVE)
+
+.PHONY: setup demo serve test test-slow test-oldest features sanitize check bench clean
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml $(wildcard requirements/*.txt) packaging/vllm/pyproject.toml $(NATIVE)
+$(STAMP): $(REQUIREMENTS)
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, found " + sys.version.split()[0] + "; set PYTHON=") if sys.version_info < (3, 11) else 0'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@scripts/setup-$(BACKEND).sh $(BIN)/python $(TORCH_INDEX)
@@ -43,6 +48,14 @@ test: setup
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
 
+test-oldest: $(OLDEST)/.setup
+	$(OLDEST)/bin/python -m pytest tests/plugin tests/engine tests/integrations tests/server
+
+$(OLDEST)/.setup: $(REQUIREMENTS)
+	@test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	@scripts/setup-cpu.sh $(OLDEST)/bin/python $(TORCH_INDEX) $(OLDEST_VLLM)
+	@touch $@
+
 features: setup
 	-$(BIN)/python -m pytest -m feature --features
 	$(BIN)/python -m tests.features
@@ -59,4 +72,4 @@ bench: setup
 	$(BIN)/python benchmarks/linear.py --quick --json benchmarks/results/quick.json
 
 clean:
-	rm -rf $(VENV) build .demo *.egg-info
+	rm -rf $(VENV) $(OLDEST) build .demo *.egg-info

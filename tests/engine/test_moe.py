@@ -26,7 +26,10 @@ from tests.engine.compare import (
     vllm_answers,
 )
 from tests.tiny import MOE_CONFIGS, make_packed
+from vllm_bmos.plugin.versions import unsupported_cpu_moe
 
+OLD_VLLM = unsupported_cpu_moe()
+pytestmark = pytest.mark.skipif(OLD_VLLM is not None, reason=str(OLD_VLLM))
 Made = dict[str, tuple[Path, list[Answer]]]
 
 

@@ -14,7 +14,7 @@ from tests.tiny import make_packed
 from vllm_bmos.checkpoint import BinaryMosConfig, FormatError
 from vllm_bmos.plugin.config import BinaryMosVllmConfig
 from vllm_bmos.plugin.linear import BinaryMosLinearMethod
-from vllm_bmos.plugin.versions import refusing_config, unsupported_vllm
+from vllm_bmos.plugin.versions import refusing_config, unsupported_cpu_moe, unsupported_vllm
 
 QKV = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]
 
@@ -103,6 +103,13 @@ def test_versions_outside_the_range_are_refused_when_a_model_asks() -> None:
         assert f"found vLLM {version}" in reason
         with pytest.raises(ValueError, match=r"supports vLLM >=0\.28\.0,<0\.33\.0"):
             refusing_config(reason).from_config({})
+
+
+def test_versions_without_a_token_router_for_cpus_are_named() -> None:
+    for version in ("0.30.0", "0.32.0+cpu"):
+        assert unsupported_cpu_moe(version) is None
+    for version in ("0.28.0", "0.29.1+cpu"):
+        assert f"found vLLM {version}" in str(unsupported_cpu_moe(version))
 
 
 def read(packed: Path) -> tuple[BinaryMosVllmConfig, dict[str, torch.Tensor]]:

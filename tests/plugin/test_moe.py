@@ -10,8 +10,10 @@ from vllm.model_executor.layers.fused_moe import MoEActivation, RoutedExperts
 from tests.plugin.layers import random_tensors
 from vllm_bmos.checkpoint import BinaryMosConfig, FormatError
 from vllm_bmos.checkpoint.format import IN_SCALE, OUT_SCALE, REQUIRED, ROUTER, WEIGHT
+from vllm_bmos.plugin import moe
 from vllm_bmos.plugin.config import BinaryMosVllmConfig
 from vllm_bmos.plugin.moe import BinaryMosMoEMethod
+from vllm_bmos.plugin.versions import unsupported_cpu_moe
 
 X, H, INNER, E = 4, 24, 32, 3
 PREFIX = "model.layers.0.mlp.experts"
@@ -19,6 +21,12 @@ EP_RANKS = [[0, 3], [1, 2]]  # the experts of each rank of expert parallelism
 LEAVES = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 NAMES = [tuple(f"{PREFIX}.{i}.{leaf}" for leaf in LEAVES.values()) for i in range(X)]
 ALL = [name for names in NAMES for name in names]
+
+
+@pytest.fixture(autouse=True)
+def any_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers load alike with a vLLM that could not run them on a CPU: on a GPU it can."""
+    monkeypatch.setattr(moe, "unsupported_cpu_moe", lambda: None)
 
 
 def experts_layer(ep_rank: int | None = None, **attributes: Any) -> RoutedExperts:
@@ -50,9 +58,9 @@ def moe_config(**values: Any) -> Any:
 def built(
     layer: RoutedExperts, tp_size: int = 1, tp_rank: int = 0, count: int = X, **config: Any
 ) -> BinaryMosMoEMethod:
-    moe = moe_config(tp_size=tp_size, tp_rank=tp_rank, **config.pop("moe", {}))
+    ranks = moe_config(tp_size=tp_size, tp_rank=tp_rank, **config.pop("moe", {}))
     quantization = BinaryMosConfig(E, tuple(ALL), **config)
-    method = BinaryMosMoEMethod(quantization, moe, NAMES, complete=True)
+    method = BinaryMosMoEMethod(quantization, ranks, NAMES, complete=True)
     method.create_weights(layer, count, H, config.get("inner", INNER) // tp_size, torch.float32)
     return method
 
@@ -185,3 +193,11 @@ def test_an_expert_with_a_bias_is_named() -> None:
     config.biases = {name: name == ALL[4] for name in ALL}
     with pytest.raises(FormatError, match=rf"^{ALL[4]}\.bias: "):
         config.get_quant_method(experts_layer(), PREFIX)
+
+
+def test_a_vllm_without_a_token_router_for_cpus_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(moe, "unsupported_cpu_moe", lambda: unsupported_cpu_moe("0.29.0+cpu"))
+    with pytest.raises(ValueError, match=r"experts\.0\.gate_proj: .*>=0\.30\.0.*found vLLM 0\.29"):
+        built(experts_layer())

@@ -35,6 +35,7 @@ from vllm_bmos.plugin.parameters import (
     replace_tensors,
 )
 from vllm_bmos.plugin.state import SavedLayout
+from vllm_bmos.plugin.versions import unsupported_cpu_moe
 
 
 class BinaryMosMoEMethod(FusedMoEMethodBase):
@@ -154,6 +155,9 @@ class BinaryMosMoEMethod(FusedMoEMethodBase):
         )
 
     def _check(self, layer: RoutedExperts) -> None:
+        reason = unsupported_cpu_moe() if current_platform.is_cpu() else None
+        if reason:
+            raise ValueError(f"{self.names[0][0]}: {reason}")
         activation = layer.activation.value
         wrong = None
         if activation not in ACTIVATIONS:

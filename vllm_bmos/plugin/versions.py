@@ -7,6 +7,7 @@ from packaging.version import Version
 # vLLM's quantization API is not frozen, so a version that was never run is refused, not tried.
 MIN_VLLM = "0.28.0"
 MAX_VLLM = "0.33.0"  # exclusive
+MIN_VLLM_CPU_MOE = "0.30.0"  # the first with a token router (CPURouter) that a plugin can use there
 
 
 def unsupported_vllm(found: str | None = None) -> str | None:
@@ -21,6 +22,20 @@ def unsupported_vllm(found: str | None = None) -> str | None:
     return (
         f"vllm-bmos supports vLLM >={MIN_VLLM},<{MAX_VLLM} and found vLLM {found}; install a "
         "vLLM of that range, or a vllm-bmos made for yours."
+    )
+
+
+def unsupported_cpu_moe(found: str | None = None) -> str | None:
+    """Why the installed vLLM cannot run packed feed-forward experts on a CPU, or None if it can."""
+    if found is None:
+        import vllm
+
+        found = vllm.__version__
+    if Version(Version(found).base_version) >= Version(MIN_VLLM_CPU_MOE):
+        return None
+    return (
+        f"on a CPU, quantized feed-forward experts need vLLM >={MIN_VLLM_CPU_MOE}, whose token "
+        f"router a plugin can use, and found vLLM {found}; install a newer vLLM."
     )
 
 
