@@ -2,7 +2,7 @@
 
     python benchmarks/quality.py --model MODEL --work DIR --text wiki.test.raw --limit 8
     python benchmarks/quality.py ... --compare experts                      # E = 1, 2, 4, 8
-    python benchmarks/quality.py ... --compare calibration --stage hessian  # C4, Wikipedia, both
+    python benchmarks/quality.py ... --compare calibration --stage hessian  # each text, and all
     python benchmarks/quality.py --predict-cost LLaMA-1/2-7B            # from the rows so far
 
 Every method is made in DIR by a command of its own, on the same calibration windows. Its model is
@@ -57,6 +57,7 @@ def open_results(args: argparse.Namespace) -> dict[str, Any]:
         ValueError: if they were made with other settings.
     """
     settings = {name: getattr(args, name) for name in (*FIT, *SCORE)}
+    settings["calibration"] = [Path(text).name for text in args.calibration]  # wherever they are
     empty: dict[str, Any] = {"model": args.model.name, "settings": settings, "rows": []}
     if not args.json.exists():
         return empty
@@ -128,7 +129,7 @@ def run(args: argparse.Namespace) -> None:
     if args.stage and args.compare != CALIBRATION:
         raise ValueError(f"--stage {args.stage}: only --compare {CALIBRATION} takes a stage.")
     result = open_results(args)
-    chosen = methods(args.compare, args.stage)
+    chosen = methods(args.compare, args.stage, args.calibration)
     known = [method.key for method in chosen]
     for key in (*(args.methods or ()), *args.made):
         if key not in known:

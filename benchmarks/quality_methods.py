@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,20 +64,28 @@ class Method:
         return self.stage in FITTED_STAGES and FITTED_STAGES[str(self.stage)] is not None
 
 
-def methods(comparison: str, stage: str | None = None) -> list[Method]:
+def methods(comparison: str, stage: str | None = None, texts: Sequence[str] = ()) -> list[Method]:
     """The methods of a comparison.
 
     Args:
         comparison: one of COMPARISONS.
         stage: of the ablation over calibration texts; `qat` if not given. The one over E is of
             the only stage whose experts differ.
+        texts: which that ablation takes one by one, and together; C4 and Wikipedia if not given.
+
+    Raises:
+        ValueError: if two texts have the same name, which rows are known by.
     """
     if comparison == EXPERTS:
         return [_ours(distill.EXPERTS, E) for E in (1, 2, 4, 8)]
     if comparison == CALIBRATION:
         stage = stage or distill.QAT
         E = 1 if stage in EQUAL_EXPERTS else 4
-        single = [_ours(stage, E, name.partition(".")[0], str(CACHE / name)) for name in MEMBERS]
+        texts = texts or [str(CACHE / name) for name in MEMBERS]
+        labels = [Path(text).name.partition(".")[0] for text in texts]
+        if len(set(labels)) < len(labels):
+            raise ValueError(f"--calibration: expected texts of different names, found {labels}.")
+        single = [_ours(stage, E, *pair) for pair in zip(labels, texts, strict=True)]
         return [*single, _ours(stage, E)]
     baselines = (FLOAT16, OMNIQUANT, *BY_LAYER)
     return [*(Method(name, NAMES[name], baseline=name) for name in baselines), *_stages()]

@@ -112,6 +112,11 @@ def test_every_method_has_the_same_calibration_flags(tmp_path):
     for method in quality_methods.methods("paper"):
         line = " ".join(quality_methods.command(method, tmp_path, tmp_path / "out", fit))
         assert "--windows 5 --length 64 --seed 3 --calibration a.txt" in line
+    mine = quality_methods.methods("calibration", "hessian", ["dir/mine.txt", "b.jsonl"])
+    assert [method.key for method in mine] == ["hessian-e1-mine", "hessian-e1-b", "hessian-e1"]
+    assert [method.texts for method in mine] == [("dir/mine.txt",), ("b.jsonl",), ()]
+    with pytest.raises(ValueError, match="different names, found .'a', 'a'"):
+        quality_methods.methods("calibration", "hessian", ["x/a.txt", "y/a.txt"])
     only_c4 = quality_methods.methods("calibration")[0]
     line = quality_methods.command(only_c4, tmp_path, tmp_path / "out", fit)
     assert "a.txt" not in line and line[line.index("--calibration") + 1].endswith("c4.utf8")
