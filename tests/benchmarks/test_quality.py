@@ -115,7 +115,7 @@ def test_every_method_has_the_same_calibration_flags(tmp_path):
     mine = quality_methods.methods("calibration", "hessian", ["dir/mine.txt", "b.jsonl"])
     assert [method.key for method in mine] == ["hessian-e1-mine", "hessian-e1-b", "hessian-e1"]
     assert [method.texts for method in mine] == [("dir/mine.txt",), ("b.jsonl",), ()]
-    with pytest.raises(ValueError, match="different names, found .'a', 'a'"):
+    with pytest.raises(ValueError, match="expected texts of different names"):
         quality_methods.methods("calibration", "hessian", ["x/a.txt", "y/a.txt"])
     only_c4 = quality_methods.methods("calibration")[0]
     line = quality_methods.command(only_c4, tmp_path, tmp_path / "out", fit)
