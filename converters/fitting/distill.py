@@ -23,6 +23,7 @@ from converters.fitting.distributed import is_main
 from converters.fitting.divergence import divergence, hidden_distance
 from converters.fitting.experts import merge_where_useless, split, with_experts
 from converters.fitting.layer import layer_of
+from converters.fitting.memory import keep_freed_memory
 from converters.fitting.student import make_student, set_router_units, trainable_layers
 from converters.sources import Source
 from vllm_bmos.checkpoint.format import WEIGHT, FormatError
@@ -139,6 +140,8 @@ def fit(
     """
     if threads:
         torch.set_num_threads(threads)
+    if not torch.cuda.is_available():
+        keep_freed_memory()
     teacher = load_dense(source, torch.bfloat16, use_cache=False)
     student = load_student(source, with_experts(start, source.modules, 1))
     before = held_out_loss(student, teacher, held_out)
