@@ -165,7 +165,12 @@ def draft_table(result: dict[str, Any]) -> str:
 
 def quality_table(result: dict[str, Any]) -> str:
     """Perplexity, and zero-shot accuracy where it was measured, of every method."""
-    rows, fit = result["rows"], result["settings"]
+    fit = result["settings"]
+    # Float16, baselines, ours; each in the order in which they were made.
+    rows = sorted(
+        result["rows"], key=lambda row: (row["stage"] is not None, row["key"] != "float16")
+    )
+    source = " and ".join(fit["calibration"]) or "C4 and Wikipedia"
     texts = list(dict.fromkeys(text for row in rows for text in row["perplexity"]))
     float16 = [row["perplexity"] for row in rows if row["key"] == "float16"]
     dense: dict[str, Any] = float16[0] if float16 else {}
@@ -177,10 +182,10 @@ def quality_table(result: dict[str, Any]) -> str:
     lines = [
         f"Quality of {MODEL_NAMES.get(result['model'], result['model'])}: perplexity on "
         f"{' and '.join(texts)} ({windows} of {fit['context']} tokens, {fit['backend']} "
-        f"{fit['dtype']}), every method fitted on the same {tokens:,} tokens, and those stages "
-        "that train on as many again as stated. Bits are per quantized weight: all that is "
-        "stored, and what the method's paper counts. Baselines are dense models with quantized "
-        "values; `python benchmarks/quality.py`:",
+        f"{fit['dtype']}), every method fitted on the same {tokens:,} tokens of {source} unless it "
+        "says otherwise, and those stages that train on as many again as stated. Bits are per "
+        "quantized weight: all that is stored, and what the method's paper counts. Baselines are "
+        "dense models with quantized values; `python benchmarks/quality.py`:",
         "",
         "| " + " | ".join(head) + " |",
         "| --- |" + " ---: |" * (len(head) - 1),

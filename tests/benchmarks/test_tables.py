@@ -53,17 +53,20 @@ def test_linear_rows_keep_their_provider_mode_and_shape(tmp_path: Path) -> None:
 def test_quality_rows_say_what_was_scored(tmp_path: Path) -> None:
     score = {"t.txt": {"perplexity": 30.0}}
     row = {"key": "float16", "name": "Float16", "bits": 16, "published_bits": 16}
+    row["stage"] = None
     row |= {"trained_tokens": 0, "perplexity": score, "zero_shot": {}}
     ours = {**row, "key": "qat-e4", "name": "Ours", "bits": 1.04, "trained_tokens": 250_000}
+    ours["stage"] = "qat"
     ours |= {"perplexity": {"t.txt": {"perplexity": 90.0}}, "zero_shot": {"average": 0.4}}
     other = {**row, "key": "gptq", "name": "GPTQ", "perplexity": {"t.txt": {"perplexity": 2e6}}}
     settings = {"limit": 8, "context": 1024, "windows": 32, "length": 1024}
-    settings |= {"backend": "vllm", "dtype": "bfloat16"}
-    result = {"model": "m.gguf", "settings": settings, "rows": [row, ours, other]}
+    settings |= {"backend": "vllm", "dtype": "bfloat16", "calibration": ["a.txt", "b.txt"]}
+    result = {"model": "m.gguf", "settings": settings, "rows": [ours, other, row]}
     (tmp_path / "quality.json").write_text(json.dumps(result))
     lines = tables.tables(tmp_path).splitlines()
     assert "m.gguf" in lines[0] and "first 8 windows of 1024 tokens" in lines[0]
-    assert "32,768 tokens" in lines[0]
+    assert "32,768 tokens of a.txt and b.txt" in lines[0]
+    assert [line.split("|")[1].strip() for line in lines[4:]] == ["Float16", "GPTQ", "Ours"]
     assert "| Float16 | 16.00 | 16.00 | 0 | 30.0 | 1.0 | - |" in lines
     assert "| Ours | 1.04 | 16.00 | 250,000 | 90.0 | 3.0 | 40.0 % |" in lines
     assert "| GPTQ | 16.00 | 16.00 | 0 | 2.0e+06 | 66,667 | - |" in lines
