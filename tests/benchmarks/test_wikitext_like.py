@@ -5,9 +5,6 @@ from pathlib import Path
 import pytest
 import wikitext_like
 
-pytest.importorskip("mwparserfromhell", reason="needs pip install -e '.[eval]'")
-pytest.importorskip("sacremoses", reason="needs pip install -e '.[eval]'")
-
 FIRST = (
     "A '''well-known''' [[kiln|oven]], built in 1,204 days, is 3.5 metres (11 ft) high; "
     "it isn't lit.<ref>A book</ref>"
