@@ -32,6 +32,11 @@ PROVIDERS = [
     ("llama_cpp", "tq2_0", "llama.cpp TQ2_0"),
     ("llama_cpp", "q4_0", "llama.cpp Q4_0"),
 ]
+TEXT_NAMES = {
+    "c4.utf8": "C4",
+    "wiki.utf8": "Wikipedia",
+    "wikitext_like.txt": "Wikipedia articles in WikiText's format (`wikitext_like.py`)",
+}
 MODEL_NAMES = {"SmolLM2-135M-Instruct.Q4_1.gguf": "SmolLM2-135M (Q4_1-dequantised)"}
 
 
@@ -170,7 +175,8 @@ def quality_table(result: dict[str, Any]) -> str:
     rows = sorted(
         result["rows"], key=lambda row: (row["stage"] is not None, row["key"] != "float16")
     )
-    source = " and ".join(fit["calibration"]) or "C4 and Wikipedia"
+    given = fit["calibration"] or ("c4.utf8", "wiki.utf8")
+    source = " and ".join(TEXT_NAMES.get(name, name) for name in given)
     texts = list(dict.fromkeys(text for row in rows for text in row["perplexity"]))
     float16 = [row["perplexity"] for row in rows if row["key"] == "float16"]
     dense: dict[str, Any] = float16[0] if float16 else {}
