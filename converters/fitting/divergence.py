@@ -31,7 +31,7 @@ class _Divergence(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return ctx.gradient.mul_(grad.to(ctx.gradient.dtype)), None
+        return ctx.gradient * grad.to(ctx.gradient.dtype), None
 
 
 def divergence(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
