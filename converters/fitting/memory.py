@@ -24,5 +24,5 @@ def keep_freed_memory() -> bool:
         mallopt(what, LARGE) for what in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD)
     )
     if not done:
-        logger.info("this C library has no mallopt; freed memory goes back to the system")
+        logger.info("no mallopt that takes these settings; freed memory goes back to the system")
     return done
