@@ -19,21 +19,20 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := $(VENV)/.setup-$(BACKEND)
+VLLM :=
 OLDEST := .venv-oldest
 OLDEST_VLLM = $(shell sed -n 's/^MIN_VLLM = "\(.*\)"/\1/p' vllm_bmos/plugin/versions.py)
 NATIVE := $(wildcard setup.py csrc/*)
-
-REQUIREMENTS := pyproject.toml $(wildcard requirements/*.txt) packaging/vllm/pyproject.toml $(NATIVE)
 
 .PHONY: setup demo serve test test-slow test-oldest features sanitize check bench clean
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
 
-$(STAMP): $(REQUIREMENTS)
+$(STAMP): pyproject.toml $(wildcard requirements/*.txt) packaging/vllm/pyproject.toml $(NATIVE)
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, found " + sys.version.split()[0] + "; set PYTHON=") if sys.version_info < (3, 11) else 0'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@scripts/setup-$(BACKEND).sh $(BIN)/python $(TORCH_INDEX)
+	@scripts/setup-$(BACKEND).sh $(BIN)/python $(TORCH_INDEX) $(VLLM)
 	@touch $@
 
 demo: setup
@@ -48,13 +47,9 @@ test: setup
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
 
-test-oldest: $(OLDEST)/.setup
+test-oldest:
+	@$(MAKE) --no-print-directory setup BACKEND=cpu VENV=$(OLDEST) VLLM=$(OLDEST_VLLM)
 	$(OLDEST)/bin/python -m pytest tests/plugin tests/engine tests/integrations tests/server
-
-$(OLDEST)/.setup: $(REQUIREMENTS)
-	@test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
-	@scripts/setup-cpu.sh $(OLDEST)/bin/python $(TORCH_INDEX) $(OLDEST_VLLM)
-	@touch $@
 
 features: setup
 	-$(BIN)/python -m pytest -m feature --features

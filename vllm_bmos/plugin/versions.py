@@ -10,14 +10,21 @@ MAX_VLLM = "0.33.0"  # exclusive
 MIN_VLLM_CPU_MOE = "0.30.0"  # the first with a token router (CPURouter) that a plugin can use there
 
 
+def _installed() -> str:
+    import vllm
+
+    return str(vllm.__version__)
+
+
+def _release(version: str) -> Version:
+    """Without what marks a candidate or a build."""
+    return Version(Version(version).base_version)
+
+
 def unsupported_vllm(found: str | None = None) -> str | None:
     """Why the installed vLLM cannot be used, in one sentence, or None if it can."""
-    if found is None:
-        import vllm
-
-        found = vllm.__version__
-    release = Version(Version(found).base_version)
-    if Version(MIN_VLLM) <= release < Version(MAX_VLLM):
+    found = found or _installed()
+    if Version(MIN_VLLM) <= _release(found) < Version(MAX_VLLM):
         return None
     return (
         f"vllm-bmos supports vLLM >={MIN_VLLM},<{MAX_VLLM} and found vLLM {found}; install a "
@@ -27,11 +34,8 @@ def unsupported_vllm(found: str | None = None) -> str | None:
 
 def unsupported_cpu_moe(found: str | None = None) -> str | None:
     """Why the installed vLLM cannot run packed feed-forward experts on a CPU, or None if it can."""
-    if found is None:
-        import vllm
-
-        found = vllm.__version__
-    if Version(Version(found).base_version) >= Version(MIN_VLLM_CPU_MOE):
+    found = found or _installed()
+    if _release(found) >= Version(MIN_VLLM_CPU_MOE):
         return None
     return (
         f"on a CPU, quantized feed-forward experts need vLLM >={MIN_VLLM_CPU_MOE}, whose token "
