@@ -20,7 +20,7 @@ from converters.calibration import CalibrationError
 from converters.compare import compare
 from converters.evaluate import evaluate, router_entropy
 from converters.fitting import FITTED_STAGES, STAGES
-from converters.fitting.distributed import is_main, world_size
+from converters.fitting.distributed import has_gpu, is_main, world_size
 from converters.locked import TargetError
 from converters.model_card import README, model_card
 from converters.options import Options
@@ -55,8 +55,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         given.insert(0, "convert")
     parser = _parser()
     args = parser.parse_args(given)
-    if getattr(args, "fsdp", False) and world_size() == 1:
-        parser.error("--fsdp: expected several processes, found one; start it with torchrun")
+    if getattr(args, "fsdp", False):
+        if world_size() == 1:
+            parser.error("--fsdp: expected several processes, found one; start it with torchrun")
+        if not has_gpu():
+            parser.error("--fsdp: accelerate has FSDP for GPUs only, found none; leave it out")
     level = logging.INFO if is_main() and not args.quiet else logging.WARNING
     logging.basicConfig(level=level, stream=sys.stderr, format="%(message)s", force=True)
     logging.getLogger("httpx").setLevel(logging.WARNING)

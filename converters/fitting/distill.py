@@ -289,7 +289,7 @@ def _trainer(
         callbacks=[Progress()] if is_main() else [],
     )
     if options.fsdp and not trainer.is_fsdp_enabled:
-        raise FormatError("--fsdp: accelerate has FSDP for GPUs only. Leave it out on a CPU.")
+        raise FormatError("--fsdp: accelerate has no FSDP for this device. Leave it out.")
     return trainer
 
 

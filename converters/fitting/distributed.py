@@ -13,6 +13,11 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def has_gpu() -> bool:
+    """Whether torch sees a GPU, of any maker."""
+    return torch.accelerator.is_available()
+
+
 def is_main() -> bool:
     """Whether this process writes files and log lines."""
     return int(os.environ.get("RANK", "0")) == 0

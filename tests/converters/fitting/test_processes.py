@@ -111,8 +111,9 @@ def test_a_killed_training_with_fsdp_continues(source: Path) -> None:
     assert_alike(whole, continued)
 
 
-def test_fsdp_on_a_cpu_is_refused_while_accelerate_ignores_it(source: Path) -> None:
+def test_fsdp_on_a_cpu_is_refused_before_any_work(source: Path) -> None:
     line = command(source, source.parent / "refused", 2, 1, "--fsdp")
     line[line.index(str(FSDP_ON_CPU))] = str(CONVERTER)
     done = subprocess.run(line, capture_output=True, text=True)
     assert done.returncode != 0 and "--fsdp: accelerate has FSDP for GPUs only" in done.stderr
+    assert not (source.parent / "refused.fit").exists()
