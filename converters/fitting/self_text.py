@@ -1,7 +1,8 @@
 """Calibration text that the dense model writes itself, for models whose training text is unknown.
 
 Sampled without temperature or truncation from the model's own distribution, as in LLM-QAT (arXiv
-2305.17888): each sequence begins with a random token of the vocabulary.
+2305.17888): each sequence begins with a random token of the vocabulary. vLLM writes where it is
+installed, else transformers; `self:N:vllm` and `self:N:transformers` choose.
 """
 
 import hashlib
@@ -13,13 +14,20 @@ import torch
 
 from converters.calibration import CACHE, CalibrationError, Text
 from converters.fitting.distill import load_dense
+from converters.fitting.vllm_writer import (
+    LENGTH,
+    Sequences,
+    enough,
+    reason_against,
+    write_with_vllm,
+)
 from converters.sources import Source
 
 logger = logging.getLogger(__name__)
 
 PREFIX = "self:"
-BATCH = 16  # sequences that are written side by side
-LENGTH = 512  # tokens of one sequence
+VLLM, TRANSFORMERS = "vllm", "transformers"
+BATCH = 16  # sequences that transformers writes side by side
 
 
 def self_text(source: Source, tokenizer: Any, name: str, seed: int) -> Text:
@@ -28,20 +36,32 @@ def self_text(source: Source, tokenizer: Any, name: str, seed: int) -> Text:
     Args:
         source: the dense source.
         tokenizer: its tokenizer.
-        name: `self:N`.
+        name: `self:N`, `self:N:vllm` or `self:N:transformers`.
         seed: of the sampling.
 
     Raises:
-        CalibrationError: if N is not a positive number.
+        CalibrationError: if the name is another, or vLLM cannot write.
     """
-    count = name.removeprefix(PREFIX)
-    if not count.isdigit() or int(count) < 1:
-        raise CalibrationError(f"--calibration {name}: expected self:N with N tokens to write.")
-    file = CACHE / f"{_key(source, int(count), seed)}.txt"
+    count, _, asked = name.removeprefix(PREFIX).partition(":")
+    if not count.isdigit() or int(count) < 1 or asked not in ("", VLLM, TRANSFORMERS):
+        raise CalibrationError(
+            f"--calibration {name}: expected self:N with N tokens to write, self:N:{VLLM} or "
+            f"self:N:{TRANSFORMERS}."
+        )
+    against = reason_against(source.path)
+    if asked == VLLM and against:
+        raise CalibrationError(f"--calibration {name}: {against}. Give self:{count}.")
+    writer = asked or (TRANSFORMERS if against else VLLM)
+    file = CACHE / f"{_key(source, int(count), seed, writer)}.txt"
     if not file.exists():
-        logger.info("the dense model writes %s tokens of calibration text", count)
-        dense = load_dense(source, torch.bfloat16, use_cache=True)
-        text = generate(dense, tokenizer, int(count), seed)
+        because = f", as {against}" if against and not asked else ""
+        logger.info("the dense model writes %s tokens with %s%s", count, writer, because)
+        task = (len(tokenizer), int(count), seed)
+        if writer == VLLM:
+            rows = write_with_vllm(source.path, *task)
+        else:
+            rows = write_with_transformers(source, *task)
+        text = "\n\n".join(tokenizer.batch_decode(rows, skip_special_tokens=True))
         CACHE.mkdir(parents=True, exist_ok=True)
         part = file.with_suffix(".part")
         part.write_text(text, encoding="utf-8")
@@ -49,34 +69,43 @@ def self_text(source: Source, tokenizer: Any, name: str, seed: int) -> Text:
     return Text(name, file.read_text(encoding="utf-8"))
 
 
-def generate(model: Any, tokenizer: Any, tokens: int, seed: int) -> str:
-    """Sample sequences until there are `tokens` tokens; join them by blank lines."""
+def write_with_transformers(source: Source, vocabulary: int, tokens: int, seed: int) -> Sequences:
+    """Sample about `tokens` tokens from the dense model; see `enough`."""
+    model = load_dense(source, torch.bfloat16, use_cache=True)
     length = min(LENGTH, model.config.max_position_embeddings)
-    end = tokenizer.eos_token_id or 0
-    pieces: list[str] = []
-    written = 0
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        while written < tokens:
-            count = min(BATCH, -(-(tokens - written) // length))
-            start = torch.randint(len(tokenizer), (count, 1), device=model.device)
+    end = model.generation_config.eos_token_id
+    ends = set(end if isinstance(end, list) else [end]) - {None}
+
+    def write(starts: list[int]) -> Sequences:
+        result: Sequences = []
+        for i in range(0, len(starts), BATCH):
+            first = torch.tensor(starts[i : i + BATCH], device=model.device)[:, None]
             rows = model.generate(
-                start,
-                attention_mask=torch.ones_like(start),
+                first,
+                attention_mask=torch.ones_like(first),
                 do_sample=True,
                 temperature=1.0,
                 top_k=0,
                 top_p=1.0,
                 max_new_tokens=length - 1,
-                pad_token_id=end,
+                pad_token_id=min(ends, default=0),
             )
-            pieces += tokenizer.batch_decode(rows, skip_special_tokens=True)
-            written += int((rows != end).sum())  # a sequence may end early
-            logger.info("  %d of %d tokens", min(written, tokens), tokens)
-    return "\n\n".join(pieces)
+            result += [until_end(row, ends) for row in rows.tolist()]
+            logger.info("  %d of %d sequences", len(result), len(starts))
+        return result
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return enough(write, vocabulary, tokens, seed)
 
 
-def _key(source: Source, tokens: int, seed: int) -> str:
+def until_end(row: list[int], ends: set[int]) -> list[int]:
+    """A sequence without the padding behind its end; its first token may be anything."""
+    stop = next((i for i, token in enumerate(row[1:], 1) if token in ends), len(row))
+    return row[: stop + 1]
+
+
+def _key(source: Source, tokens: int, seed: int, writer: str) -> str:
     files = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in source.store.files]
-    content = json.dumps([str(source.path.resolve()), files, tokens, seed, LENGTH])
+    content = json.dumps([str(source.path.resolve()), files, tokens, seed, LENGTH, writer])
     return f"self-{hashlib.sha256(content.encode()).hexdigest()[:16]}"

@@ -83,22 +83,6 @@ def test_a_stage_starts_from_a_packed_checkpoint(source, capsys):
     assert "its layers are not those of" in capsys.readouterr().err
 
 
-def test_the_model_writes_its_own_text(source, tmp_path, monkeypatch):
-    monkeypatch.setattr("converters.fitting.self_text.CACHE", tmp_path / "cache")
-    size = ("--windows", "4", "--length", "16", "--experts", "1")
-    flags = ("--stage", "hessian", "--calibration", "self:800", *size)
-    for name in ("one", "two"):
-        assert main([str(source), str(source.parent / name), *flags]) == 0
-    (file,) = (tmp_path / "cache").iterdir()
-    record = [
-        Checkpoint(source.parent / name).config.provenance["calibration"]["texts"]
-        for name in ("one", "two")
-    ]
-    assert record[0] == record[1] and record[0][0]["name"] == "self:800"
-    assert len(file.read_text()) > 200
-    assert main([str(source), str(source.parent / "three"), *flags[:3], "self:x"]) == 1
-
-
 def test_a_dry_run_plans_the_fit_and_writes_nothing(source, capsys):
     target, code = convert(source, "dry", "--stage", "hessian", "--dry-run")
     assert code == 0 and "stage       hessian, E = 2" in capsys.readouterr().out
