@@ -93,7 +93,11 @@ def test_routers_scale_by_the_usual_size_of_their_inputs():
     x = 5 * torch.randn(64, 33)
     x[0] *= 1e4
     set_router_units(torch.nn.Sequential(trainable), x)
-    assert float(trainable.router_unit) == pytest.approx(0.2, rel=0.2)
+    assert float(trainable.router_unit) == pytest.approx(0.2 / 33**0.5, rel=0.2)
+    with torch.no_grad():
+        trainable.router.normal_()
+    moved = x[1:] @ (trainable.R - trainable.start_router).T
+    assert float(moved.std()) == pytest.approx(1, rel=0.3)
 
 
 def test_divergence_is_kl_with_its_gradient():
