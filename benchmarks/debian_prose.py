@@ -1,8 +1,9 @@
-"""Calibration text from books that Debian ships: more text, where no data set can be reached.
+"""Calibration text from books that Debian ships: other prose, where no data set can be reached.
 
-What a student lacks after some million tokens is other text, not more steps on the same. Packages
-of Debian hold 18 million characters of English that may be copied: a book of questions and answers
-on history and politics, Jane Austen's six novels, and a dictionary of computing.
+Three packages hold 18 million characters of English that may be copied: a book of questions and
+answers on history and politics, Jane Austen's six novels, and a dictionary of computing. They are
+of another kind than Wikipedia's articles and the web's pages; docs/FITTING.md says what a student
+gained by them and what not.
 
     python benchmarks/debian_prose.py FOLDER --exclude wiki.test.raw
     python converters/hf_to_bmos.py SRC DST --stage qat --calibration FOLDER/austen.txt ...
