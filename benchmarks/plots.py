@@ -117,7 +117,9 @@ def plot_quality(result: dict[str, Any], path: Path) -> None:
     for axis, text in zip(axes[0], texts, strict=True):
         scored = [row for row in rows if text in row["perplexity"]]
         values = [row["perplexity"][text]["perplexity"] for row in scored]
-        height = math.log10(max(values) / min(values)) / 25  # of a label, on the logarithmic axis
+        log = max(values) > 10 * min(values)
+        on_axis, back = (math.log10, lambda y: 10**y) if log else (float, float)
+        height = (on_axis(max(values)) - on_axis(min(values))) / 25  # of a label
         lowest = 0.0  # where the next label may be
         for row in sorted(scored, key=lambda row: float(row["perplexity"][text]["perplexity"])):
             value = row["perplexity"][text]["perplexity"]
@@ -127,11 +129,15 @@ def plot_quality(result: dict[str, Any], path: Path) -> None:
                 continue
             color = COLORS["torch"] if row["stage"] is None else COLORS[OURS]
             axis.plot(row["bits"], value, "o", color=color, markersize=7)
-            place = max(math.log10(value), lowest)
+            place = max(on_axis(value), lowest)
             lowest = place + height
-            label = f"{row['name']}: {value:,.0f}"
-            axis.text(row["bits"] + 0.06, 10**place, label, fontsize=8, va="center")
-        axis.set(yscale="log", xlim=(0.9, 4.2), xlabel="stored bits per quantized weight")
+            label = f"{row['name']}: {value:,.{0 if value >= 1000 else 1}f}"
+            axis.text(row["bits"] + 0.06, back(place), label, fontsize=8, va="center")
+        axis.set(
+            yscale="log" if log else "linear",
+            xlim=(0.9, 4.2),
+            xlabel="stored bits per quantized weight",
+        )
         axis.set_title(text, fontsize=10)
         axis.grid(alpha=0.3)
     axes[0, 0].set_ylabel("perplexity (lower is better)")
