@@ -6,6 +6,7 @@ take torchrun's settings for the converter as its own.
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import torch
 from converters.calibration import CalibrationError
 
 LENGTH = 512  # tokens of one sequence
+ABOUT = 0.95  # of the tokens that were asked for are enough: a last round of few sequences is slow
 ROOT = Path(__file__).resolve().parents[2]
 # What torchrun sets for the converter's processes; vLLM would join their group.
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -38,12 +40,15 @@ def reason_against(path: Path) -> str | None:
 def enough(
     write: Callable[[list[int]], Sequences], vocabulary: int, tokens: int, seed: int
 ) -> Sequences:
-    """Have sequences written, each from a random first token, until they have `tokens` tokens."""
+    """Have sequences written, each from a random first token, until they have about `tokens`."""
     generator = torch.Generator().manual_seed(seed)
     rows: Sequences = []
-    while (missing := tokens - sum(map(len, rows))) > 0:  # a sequence may end early
-        starts = torch.randint(vocabulary, (-(-missing // LENGTH),), generator=generator)
-        rows += write(starts.tolist())
+    written, expected = 0, float(LENGTH)
+    while written < ABOUT * tokens:  # sequences may end early
+        count = math.ceil((tokens - written) / expected)
+        rows += write(torch.randint(vocabulary, (count,), generator=generator).tolist())
+        written = sum(map(len, rows))
+        expected = written / len(rows)
     return rows
 
 

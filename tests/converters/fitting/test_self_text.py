@@ -29,7 +29,7 @@ def source(tmp_path):
     return path
 
 
-def test_sequences_are_written_until_there_are_enough_tokens():
+def test_sequences_are_written_until_there_are_about_enough_tokens():
     asked = []
 
     def write(starts):
@@ -38,7 +38,7 @@ def test_sequences_are_written_until_there_are_enough_tokens():
 
     rows = enough(write, 50, 4 * LENGTH, 3)
     assert sum(map(len, rows)) >= 4 * LENGTH
-    assert list(map(len, asked)) == [4, 3, 3, 2, 1, 1, 1, 1]
+    assert list(map(len, asked)) == [4, 12]
     assert all(0 <= start < 50 for starts in asked for start in starts)
     assert len({start for starts in asked for start in starts}) > 3
     assert enough(write, 50, 4 * LENGTH, 3) == rows != enough(write, 50, 4 * LENGTH, 4)
