@@ -24,7 +24,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from wikitext_like import ngrams, tokenised
+from wikitext_like import EXCLUDE_HELP, excluded_by, ngrams, tokenised, write
 
 HEADING = 150  # characters: a paragraph as short may be a heading, a menu or a list item
 ENTRY = 200  # characters: a dictionary's entry as short is a reference
@@ -164,16 +164,11 @@ def main() -> None:
     """The command; see the module."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="for anarchism.txt, austen.txt and foldoc.txt")
-    parser.add_argument("--exclude", type=Path, help="leave out paragraphs that share 10 words")
+    parser.add_argument("--exclude", type=Path, help=EXCLUDE_HELP)
     args = parser.parse_args()
-    excluded = ngrams(args.exclude.read_text(encoding="utf-8")) if args.exclude else set()
-    args.folder.mkdir(parents=True, exist_ok=True)
+    excluded = excluded_by(args.exclude)
     for name, book in BOOKS.items():
-        text = text_of(book, read(book), excluded)
-        part = args.folder / f"{name}.part"
-        part.write_text(text, encoding="utf-8")
-        part.replace(args.folder / f"{name}.txt")
-        print(f"{args.folder / name}.txt: {len(text):,} characters")
+        write(args.folder / f"{name}.txt", text_of(book, read(book), excluded))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from typing import Any
 
 from perplexity import join_text
 
+from converters.calibration import write_whole
 from converters.package_data import read_members
 
 PACKAGE = "gensim==4.4.0"
@@ -30,6 +31,7 @@ MEMBER = (
 MIN_MARKUP = 3000  # characters of an article's source: less is a redirect or a stub
 MIN_PARAGRAPH = 80  # characters: less is a list item or what markup leaves behind
 OVERLAP = 10  # words in a row that a paragraph must not share with an excluded text
+EXCLUDE_HELP = f"text; leave out paragraphs that share {OVERLAP} words in a row with it"
 NOT_PROSE = ("ref", "table", "gallery", "math", "timeline", "source", "pre", "imagemap")
 APPENDICES = {
     "bibliography",
@@ -103,6 +105,17 @@ def ngrams(text: str) -> set[tuple[str, ...]]:
     return set(zip(*(words[i:] for i in range(OVERLAP)), strict=False))
 
 
+def excluded_by(file: Path | None) -> set[tuple[str, ...]]:
+    """What no paragraph may share with a text, if one is given."""
+    return ngrams(file.read_text(encoding="utf-8")) if file else set()
+
+
+def write(out: Path, text: str) -> None:
+    """Write a calibration text and say how long it is."""
+    write_whole(out, text.encode())
+    print(f"{out}: {len(text):,} characters")
+
+
 def wikitext(xml: bytes, excluded: set[tuple[str, ...]]) -> str:
     """The articles, line by line as in a file of WikiText."""
     from sacremoses import MosesTokenizer
@@ -124,14 +137,11 @@ def main() -> None:
     """The command; see the module."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, help="text file to write")
-    parser.add_argument("--exclude", type=Path, help="leave out paragraphs that share 10 words")
+    parser.add_argument("--exclude", type=Path, help=EXCLUDE_HELP)
     args = parser.parse_args()
-    excluded = ngrams(args.exclude.read_text(encoding="utf-8")) if args.exclude else set()
+    excluded = excluded_by(args.exclude)
     text = join_text(wikitext(download(), excluded), "gptq")
-    part = args.out.with_name(f"{args.out.name}.part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(args.out)
-    print(f"{args.out}: {len(text):,} characters")
+    write(args.out, text)
 
 
 if __name__ == "__main__":

@@ -187,8 +187,13 @@ def _download() -> None:
             f"the default calibration text could not be fetched ({error}). Give a text file with "
             "--calibration."
         ) from None
-    CACHE.mkdir(parents=True, exist_ok=True)
     for name, data in zip(MEMBERS, found, strict=True):
-        part = CACHE / f"{name}.part"
-        part.write_bytes(data)
-        part.replace(CACHE / name)
+        write_whole(CACHE / name, data)
+
+
+def write_whole(file: Path, content: bytes) -> None:
+    """Write a text into a file, whole or not at all; its folder is made."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(f"{file.name}.part")
+    part.write_bytes(content)
+    part.replace(file)

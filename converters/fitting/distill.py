@@ -19,7 +19,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset
 
-from converters.fitting.distributed import is_main
+from converters.fitting.distributed import has_gpu, is_main
 from converters.fitting.divergence import divergence, hidden_distance
 from converters.fitting.experts import merge_where_useless, split, with_experts
 from converters.fitting.layer import layer_of
@@ -140,7 +140,7 @@ def fit(
     """
     if threads:
         torch.set_num_threads(threads)
-    if not torch.cuda.is_available():
+    if not has_gpu():
         keep_freed_memory()
     teacher = load_dense(source, torch.bfloat16, use_cache=False)
     student = load_student(source, with_experts(start, source.modules, 1))
@@ -228,7 +228,7 @@ def _trainer(
         lr_scheduler_type="cosine",
         fsdp=options.fsdp,
         fsdp_config={"state_dict_type": "SHARDED_STATE_DICT"} if options.fsdp else None,
-        use_cpu=not torch.cuda.is_available(),
+        use_cpu=not has_gpu(),
     )
     length = train.shape[1]
     steps = max(1, options.tokens // (options.batch * length * arguments.world_size))

@@ -14,8 +14,8 @@ def world_size() -> int:
 
 
 def has_gpu() -> bool:
-    """Whether torch sees a GPU, of any maker."""
-    return torch.accelerator.is_available()
+    """Whether training has a GPU."""
+    return torch.cuda.is_available()
 
 
 def is_main() -> bool:
@@ -28,6 +28,6 @@ def wait_for_all() -> None:
     if world_size() == 1:
         return
     if not torch.distributed.is_initialized():
-        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        backend = "nccl" if has_gpu() else "gloo"
         torch.distributed.init_process_group(backend, timeout=PATIENCE)
     torch.distributed.barrier()

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from converters.calibration import CACHE, CalibrationError, Text
+from converters.calibration import CACHE, CalibrationError, Text, write_whole
 from converters.fitting.distill import load_dense
 from converters.fitting.vllm_writer import (
     LENGTH,
@@ -62,10 +62,7 @@ def self_text(source: Source, tokenizer: Any, name: str, seed: int) -> Text:
         else:
             rows = write_with_transformers(source, *task)
         text = "\n\n".join(tokenizer.batch_decode(rows, skip_special_tokens=True))
-        CACHE.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(".part")
-        part.write_text(text, encoding="utf-8")
-        part.replace(file)
+        write_whole(file, text.encode())
     return Text(name, file.read_text(encoding="utf-8"))
 
 

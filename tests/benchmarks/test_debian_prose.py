@@ -34,7 +34,6 @@ def test_a_dictionary_gives_its_long_entries():
 
 
 def test_an_r_database_gives_the_paragraphs_of_its_vectors():
-    pytest.importorskip("rdata")
     data = r_object("Chapter 1", "", "One line", "and the next.") + r_object("Another book.")
     assert list(of_r_data([data])) == ["Chapter 1", "One line and the next.", "Another book."]
     with pytest.raises(DebianError, match="wrong size"):
@@ -48,7 +47,6 @@ def test_paragraphs_of_the_measured_text_are_left_out():
     plain = BOOKS["anarchism"]._replace(wikitext=False)
     assert text_of(plain, [page], set()) == f"{LONG}\n\n{other.strip()}"
     assert text_of(plain, [page], measured) == other.strip()
-    pytest.importorskip("sacremoses")
     assert " well @-@ known sentence , of " in text_of(BOOKS["anarchism"], [page], set())
 
 
