@@ -166,9 +166,12 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="for anarchism.txt, austen.txt and foldoc.txt")
     parser.add_argument("--exclude", type=Path, help=EXCLUDE_HELP)
     args = parser.parse_args()
-    excluded = excluded_by(args.exclude)
-    for name, book in BOOKS.items():
-        write(args.folder / f"{name}.txt", text_of(book, read(book), excluded))
+    try:
+        excluded = excluded_by(args.exclude)
+        for name, book in BOOKS.items():
+            write(args.folder / f"{name}.txt", text_of(book, read(book), excluded))
+    except (DebianError, OSError) as error:
+        parser.exit(1, f"{parser.prog}: {error}\n")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from typing import Any
 from perplexity import join_text
 
 from converters.calibration import write_whole
-from converters.package_data import read_members
+from converters.package_data import PackageError, read_members
 
 PACKAGE = "gensim==4.4.0"
 MEMBER = (
@@ -139,9 +139,11 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="text file to write")
     parser.add_argument("--exclude", type=Path, help=EXCLUDE_HELP)
     args = parser.parse_args()
-    excluded = excluded_by(args.exclude)
-    text = join_text(wikitext(download(), excluded), "gptq")
-    write(args.out, text)
+    try:
+        excluded = excluded_by(args.exclude)
+        write(args.out, join_text(wikitext(download(), excluded), "gptq"))
+    except (PackageError, OSError) as error:
+        parser.exit(1, f"{parser.prog}: {error}\n")
 
 
 if __name__ == "__main__":

@@ -64,3 +64,15 @@ def test_a_package_that_cannot_be_had_is_named(monkeypatch, tmp_path: Path):
     monkeypatch.setenv("PATH", str(tmp_path))  # no apt-get either
     with pytest.raises(DebianError, match="no-such-package-of-debian: apt-get"):
         debian_prose.read(book)
+
+
+def test_the_command_ends_with_one_line_that_says_why(monkeypatch, tmp_path: Path, capsys):
+    def unreachable(book: debian_prose.Book) -> list[bytes]:
+        raise DebianError(f"{book.package}: no such package")
+
+    monkeypatch.setattr(debian_prose, "read", unreachable)
+    monkeypatch.setattr("sys.argv", ["debian_prose.py", str(tmp_path)])
+    with pytest.raises(SystemExit, match="1"):
+        debian_prose.main()
+    assert capsys.readouterr().err == "debian_prose.py: anarchism: no such package\n"
+    assert list(tmp_path.iterdir()) == []

@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 import wikitext_like
 
+from converters.package_data import PackageError
+
 FIRST = (
     "A '''well-known''' [[kiln|oven]], built in 1,204 days, is 3.5 metres (11 ft) high; "
     "it isn't lit.<ref>A book</ref>"
@@ -81,3 +83,22 @@ def test_paragraphs_that_share_ten_words_with_an_excluded_text_are_left_out(
     assert text.startswith("\n\n = Lime kiln = \n\n\n")  # joined as the measured rows are
     assert f"{len(text):,} characters" in capsys.readouterr().out
     assert [p.name for p in tmp_path.iterdir() if p.suffix == ".part"] == []
+
+
+def test_a_missing_file_or_package_ends_the_command_with_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def unreachable() -> bytes:
+        raise PackageError("gensim from PyPI: no network")
+
+    monkeypatch.setattr(wikitext_like, "download", unreachable)
+    out, missing = tmp_path / "out.txt", tmp_path / "no.raw"
+    for arguments, why in (
+        ([], "gensim from PyPI: no network"),
+        (["--exclude", str(missing)], f"[Errno 2] No such file or directory: '{missing}'"),
+    ):
+        monkeypatch.setattr("sys.argv", ["wikitext_like.py", str(out), *arguments])
+        with pytest.raises(SystemExit, match="1"):
+            wikitext_like.main()
+        assert capsys.readouterr().err == f"wikitext_like.py: {why}\n"
+        assert not out.exists()
