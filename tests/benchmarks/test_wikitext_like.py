@@ -47,7 +47,7 @@ def dump(*pages: str) -> bytes:
 
 def test_articles_become_lines_as_in_wikitext() -> None:
     xml = dump(page("Lime kiln", MARKUP + PADDING))
-    assert wikitext_like.wikitext(xml, set()).split("\n") == [
+    assert wikitext_like.wikitext(wikitext_like.long_articles(xml), set()).split("\n") == [
         "",
         " = Lime kiln = ",
         "",
@@ -67,6 +67,12 @@ def test_redirects_stubs_and_other_namespaces_are_left_out() -> None:
         page("Talk:C", MARKUP + PADDING, namespace=1),
     )
     assert list(wikitext_like.articles(xml)) == []
+
+
+def test_stubs_become_articles_without_their_short_lines() -> None:
+    text = f'<doc id="1" title="Kiln">\nKiln\n\n{SECOND}\nHistory.\n{SECOND}\n\n</doc>\n'
+    text += '<doc id="2" title="Oven">\nOven\n\nA stub.\n\n</doc>\nplain text of another kind'
+    assert list(wikitext_like.stubs(text)) == [[(1, "Kiln"), (0, SECOND), (0, SECOND)]]
 
 
 def test_paragraphs_that_share_ten_words_with_an_excluded_text_are_left_out(

