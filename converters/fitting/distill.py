@@ -229,6 +229,7 @@ def _trainer(
         fsdp=options.fsdp,
         fsdp_config={"state_dict_type": "SHARDED_STATE_DICT"} if options.fsdp else None,
         use_cpu=not has_gpu(),
+        ddp_find_unused_parameters=False,  # all that is trained is used in every step
     )
     length = train.shape[1]
     steps = max(1, options.tokens // (options.batch * length * arguments.world_size))
