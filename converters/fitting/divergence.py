@@ -5,38 +5,58 @@ from typing import Any
 
 import torch
 
-CHUNK = 32  # tokens whose logits are compared at once: vocabularies are large, caches are not
+CHUNK = 8  # tokens whose logits are compared at once: vocabularies are large, caches are not
+
+
+def _compare(student: torch.Tensor, teacher: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sum over tokens of KL(teacher || student), and its gradient for the student's logits."""
+    log_q, log_p = student.float().log_softmax(-1), teacher.float().log_softmax(-1)
+    p = log_p.exp()
+    return (p * (log_p - log_q)).sum(), log_q.exp() - p
+
+
+_compiled_compare = torch.compile(_compare, dynamic=False)
 
 
 class _Divergence(torch.autograd.Function):
     """Mean over tokens of KL(teacher || student), chunk by chunk.
 
-    The gradient with respect to the student's logits is softmax(student) - softmax(teacher). It is
-    made in the forward pass, so that no chunk's probabilities are kept.
+    The gradient is made in the forward pass, so that no chunk's probabilities are kept.
     """
 
     @staticmethod
-    def forward(ctx: Any, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any, student: torch.Tensor, teacher: torch.Tensor, compiled: bool
+    ) -> torch.Tensor:
+        compare = _compiled_compare if compiled else _compare
         gradient = torch.empty_like(student) if student.requires_grad else None
+        student = student.detach()
         total = torch.zeros((), device=student.device)
         for i in range(0, len(student), CHUNK):
             here = slice(i, i + CHUNK)
-            log_q, log_p = (x[here].float().log_softmax(-1) for x in (student, teacher))
-            p = log_p.exp()
-            total += torch.dot(p.view(-1), log_p.sub_(log_q).view(-1))
+            distance, difference = compare(student[here], teacher[here])
+            total += distance
             if gradient is not None:
-                gradient[here] = log_q.exp_().sub_(p).div_(len(student))
+                gradient[here] = difference.div_(len(student))
         ctx.gradient = gradient
         return total / len(student)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return ctx.gradient * grad.to(ctx.gradient.dtype), None
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return ctx.gradient * grad.to(ctx.gradient.dtype), None, None
 
 
-def divergence(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """Mean over tokens of KL(teacher || student) in nats, of logits [tokens, vocabulary]."""
-    result: torch.Tensor = _Divergence.apply(student, teacher)
+def divergence(
+    student: torch.Tensor, teacher: torch.Tensor, compiled: bool = False
+) -> torch.Tensor:
+    """Mean over tokens of KL(teacher || student) in nats, of logits [tokens, vocabulary].
+
+    Args:
+        student: its logits.
+        teacher: its logits, of the same shape.
+        compiled: whether torch compiles the comparison, for as many tokens as there are.
+    """
+    result: torch.Tensor = _Divergence.apply(student, teacher, compiled)
     return result
 
 

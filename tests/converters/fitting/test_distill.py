@@ -100,13 +100,14 @@ def test_routers_scale_by_the_usual_size_of_their_inputs():
     assert float(moved.std()) == pytest.approx(1, rel=0.3)
 
 
-def test_divergence_is_kl_with_its_gradient():
+@pytest.mark.parametrize("compiled", [False, True])
+def test_divergence_is_kl_with_its_gradient(compiled: bool):
     torch.manual_seed(0)
-    student = torch.randn(600, 50, dtype=torch.float32, requires_grad=True)
-    teacher = 3 * torch.randn(600, 50)
-    found = divergence(student, teacher)
+    student = torch.randn(603, 50, dtype=torch.float32, requires_grad=True)
+    teacher = 3 * torch.randn(603, 50)
+    found = divergence(student, teacher, compiled)
     p, q = teacher.log_softmax(-1), student.log_softmax(-1)
-    expected = torch.nn.functional.kl_div(q, p, log_target=True, reduction="sum") / 600
+    expected = torch.nn.functional.kl_div(q, p, log_target=True, reduction="sum") / 603
     torch.testing.assert_close(found, expected)
     (want,) = torch.autograd.grad(2 * expected, student)
     (got,) = torch.autograd.grad(2 * found, student)
@@ -174,11 +175,11 @@ def test_an_interrupted_training_continues_with_the_same_bytes(setting, monkeypa
     assert flips(whole, setting[2]) > 0
     count, real = [0], distill.divergence
 
-    def stop_late(*logits):
+    def stop_late(*arguments):
         count[0] += 1
         if count[0] == 2 + 5:  # two windows are held out; then comes the fifth step
             raise KeyboardInterrupt
-        return real(*logits)
+        return real(*arguments)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(distill, "divergence", stop_late)
