@@ -82,12 +82,18 @@ def load_dense(source: Source, dtype: torch.dtype, use_cache: bool) -> Any:
 
     Keys and values are kept if `use_cache`, as only writing text needs.
     """
-    from transformers import AutoModelForCausalLM
+    import transformers
 
     from converters.sources.gguf import GgufSource
 
-    gguf = {"gguf_file": source.path.name} if isinstance(source, GgufSource) else {}
-    model = AutoModelForCausalLM.from_pretrained(source.files, dtype=dtype, **gguf)
+    options: dict[str, Any] = {"dtype": dtype}
+    if isinstance(source, GgufSource):
+        options["gguf_file"] = source.path.name
+        if hasattr(transformers, "GgufConfig"):  # versions that may leave weights in GGUF's blocks
+            options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(source.files, **options)
+    if getattr(model, "hf_quantizer", None) is not None:  # else the Trainer takes it for quantized
+        model.hf_quantizer.remove_quantization_config(model)
     model.config.use_cache = use_cache
     return model.eval().requires_grad_(False)
 

@@ -9,7 +9,7 @@ from converters.fitting.divergence import divergence, hidden_distance
 from converters.fitting.student import TrainableLinear, set_router_units
 from converters.options import Options
 from converters.sources import open_source
-from tests.converters.models import make_dense
+from tests.converters.models import make_dense, make_gguf
 from tests.tiny import VOCAB
 from vllm_bmos import ops
 from vllm_bmos.checkpoint.format import IN_SCALE, OUT_SCALE, ROUTER, WEIGHT
@@ -128,13 +128,16 @@ def test_hidden_distance_is_relative_to_each_token():
 def setting(tmp_path_factory):
     path = tmp_path_factory.mktemp("distill")
     source = open_source(make_dense(path / "dense"), Options(experts=2, scale_dtype="float32"))
-    start = {
+    tokens = torch.randint(0, VOCAB, (4, 32), generator=torch.Generator().manual_seed(0))
+    return path, source, packed_start(source), tokens
+
+
+def packed_start(source):
+    return {
         f"{module}.{suffix}": tensor
         for module in source.modules
         for suffix, tensor in source.layer(module).tensors.items()
     }
-    tokens = torch.randint(0, VOCAB, (4, 32), generator=torch.Generator().manual_seed(0))
-    return path, source, start, tokens
 
 
 def train(setting, name, options=OPTIONS, stage=distill.QAT):
@@ -157,6 +160,17 @@ def test_training_lowers_the_loss_and_flips_signs_only_if_asked(setting, caplog)
     scales = train(setting, "scales", stage=distill.KD_SCALES)
     assert flips(scales, start) == 0
     assert any(not torch.equal(scales[name][:1], start[name][:1]) for name in start)
+
+
+def test_a_gguf_file_is_trained_from(tmp_path, caplog):
+    caplog.set_level("INFO")
+    path, _ = make_gguf(tmp_path / "tiny.gguf")
+    source = open_source(path, Options(experts=1, scale_dtype="float32"))
+    start = packed_start(source)
+    tokens = torch.randint(0, 300, (4, 32), generator=torch.Generator().manual_seed(0))
+    trained = train((tmp_path, source, start, tokens), "gguf")
+    assert "discarded" not in caplog.text
+    assert trained.keys() == start.keys() and flips(trained, start) > 0
 
 
 def test_experts_are_split_and_trained(setting, caplog, monkeypatch):
