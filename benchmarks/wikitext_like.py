@@ -180,6 +180,18 @@ def run(parser: argparse.ArgumentParser, work: Callable[[Any, set[tuple[str, ...
         parser.exit(1, f"{parser.prog}: {error}\n")
 
 
+def run_one(doc: str, text: Callable[[set[tuple[str, ...]]], str]) -> None:
+    """Run a command that makes one calibration text.
+
+    Args:
+        doc: the module's, whose first line describes the command.
+        text: makes it, of what no paragraph may share with --exclude.
+    """
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("out", type=Path, help="text file to write")
+    run(parser, lambda args, excluded: write(args.out, text(excluded)))
+
+
 def main() -> None:
     """The command; see the module."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

@@ -87,13 +87,14 @@ def load_dense(source: Source, dtype: torch.dtype, use_cache: bool) -> Any:
     from converters.sources.gguf import GgufSource
 
     options: dict[str, Any] = {"dtype": dtype}
-    if isinstance(source, GgufSource):
+    from_gguf = isinstance(source, GgufSource)
+    if from_gguf:
         options["gguf_file"] = source.path.name
         if hasattr(transformers, "GgufConfig"):  # versions that may leave weights in GGUF's blocks
             options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     model = transformers.AutoModelForCausalLM.from_pretrained(source.files, **options)
-    if getattr(model, "hf_quantizer", None) is not None:  # else the Trainer takes it for quantized
-        model.hf_quantizer.remove_quantization_config(model)
+    if from_gguf and getattr(model, "hf_quantizer", None) is not None:
+        model.hf_quantizer.remove_quantization_config(model)  # else the Trainer refuses it
     model.config.use_cache = use_cache
     return model.eval().requires_grad_(False)
 

@@ -1,5 +1,6 @@
 """The losses of distillation: how far a student's logits and hidden states are from a teacher's."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +16,10 @@ def _compare(student: torch.Tensor, teacher: torch.Tensor) -> tuple[torch.Tensor
     return (p * (log_p - log_q)).sum(), log_q.exp() - p
 
 
-_compiled_compare = torch.compile(_compare, dynamic=False)
+@functools.cache
+def _compiled_compare() -> Any:
+    """`_compare`, compiled: on first use, as importing the compiler takes more than a second."""
+    return torch.compile(_compare, dynamic=False)
 
 
 class _Divergence(torch.autograd.Function):
@@ -28,7 +32,7 @@ class _Divergence(torch.autograd.Function):
     def forward(
         ctx: Any, student: torch.Tensor, teacher: torch.Tensor, compiled: bool
     ) -> torch.Tensor:
-        compare = _compiled_compare if compiled else _compare
+        compare = _compiled_compare() if compiled else _compare
         gradient = torch.empty_like(student) if student.requires_grad else None
         student = student.detach()
         total = torch.zeros((), device=student.device)
