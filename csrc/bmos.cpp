@@ -15,10 +15,10 @@ bool shape_ok(int64_t K, const int64_t* shard_sizes, int64_t S) {
            std::all_of(shard_sizes, shard_sizes + S, [](int64_t n) { return n >= 0; });
 }
 
-// dword[columns][32] of the rows of one block, of which `rows` exist.
-void pack_block(const uint8_t* bits, int64_t row_bytes, int rows, int64_t columns,
+// dword[columns][32] of the rows of one block, of which `rows` exist, or byte[columns][4][32].
+void pack_block(const uint8_t* bits, int64_t row_bytes, int rows, int64_t columns, bool bytewise,
                 uint32_t* words) {
-    for (int64_t column = 0; column < columns; ++column) {
+    for (int64_t column = 0; column < columns; ++column, words += kBlock) {
         const int64_t left = std::clamp<int64_t>(row_bytes - 4 * column, 0, 4);
         for (int row = 0; row < kBlock; ++row) {
             uint8_t bytes[4] = {};
@@ -30,8 +30,12 @@ void pack_block(const uint8_t* bits, int64_t row_bytes, int rows, int64_t column
                     std::copy(from, from + left, bytes);
                 }
             }
-            words[column * kBlock + row] = bytes[0] | bytes[1] << 8 | bytes[2] << 16 |
-                                           uint32_t(bytes[3]) << 24;
+            if (bytewise) {
+                auto* to = reinterpret_cast<uint8_t*>(words) + row;
+                for (int i = 0; i < 4; ++i) to[i * kBlock] = bytes[i];
+            } else {
+                words[row] = bytes[0] | bytes[1] << 8 | bytes[2] << 16 | uint32_t(bytes[3]) << 24;
+            }
         }
     }
 }
@@ -46,6 +50,8 @@ const char* bmos_status(int status) {
         case BMOS_OK: return "it worked";
         case BMOS_NOT_PACKED: return "the weight was not prepared by this kernel; call prepare first";
         case BMOS_SHAPE: return "the shapes of x, the weight and shard_sizes do not fit together";
+        case BMOS_OTHER_ISA:
+            return "the weight was prepared for another instruction set; prepare it again";
         default: return "there is not enough memory for the activations";
     }
 }
@@ -62,7 +68,8 @@ int bmos_pack(const uint8_t* bits, int64_t K, const int64_t* shard_sizes, int64_
     if (!shape_ok(K, shard_sizes, S) || E < 1) return BMOS_SHAPE;
     auto* h = static_cast<Header*>(packed);
     h->magic = Header::kMagic;
-    h->scale_dtype = scale_dtype;
+    h->scale_dtype = int8_t(scale_dtype);
+    h->bytewise = kernels().bytewise;
     h->planes = mode;
     h->K = K;
     h->E = E;
@@ -78,7 +85,7 @@ int bmos_pack(const uint8_t* bits, int64_t K, const int64_t* shard_sizes, int64_
                 const int64_t row = b * kBlock;
                 pack_block(bits + (h->column_of(s) + row) * row_bytes, row_bytes,
                            int(std::min<int64_t>(kBlock, h->shard_sizes[s] - row)), Kp / 32,
-                           words + b * Kp);
+                           h->bytewise, words + b * Kp);
             }
         });
     });
@@ -99,6 +106,7 @@ int bmos_linear(const void* x, int x_dtype, int64_t M, int64_t K, const float* l
                 const void* bias, int bias_dtype, void* y, int64_t N, int threads) {
     const auto* h = static_cast<const Header*>(packed);
     if (h->magic != Header::kMagic) return BMOS_NOT_PACKED;
+    if (h->bytewise != kernels().bytewise) return BMOS_OTHER_ISA;
     if (h->K != K || h->column_of(h->S) != N || M < 0) return BMOS_SHAPE;
     if (M == 0 || N == 0) return BMOS_OK;
     const Call call = {kernels(),

@@ -15,7 +15,13 @@ enum BmosDtype { BMOS_F32 = 0, BMOS_F16 = 1, BMOS_BF16 = 2 };
 // Planes of eight bits that hold one quantized activation.
 enum BmosMode { BMOS_INT8 = 1, BMOS_DEFAULT = 2, BMOS_EXACT = 4 };
 
-enum BmosStatus { BMOS_OK = 0, BMOS_NOT_PACKED = 1, BMOS_SHAPE = 2, BMOS_MEMORY = 3 };
+enum BmosStatus {
+    BMOS_OK = 0,
+    BMOS_NOT_PACKED = 1,
+    BMOS_SHAPE = 2,
+    BMOS_MEMORY = 3,
+    BMOS_OTHER_ISA = 4,
+};
 
 // What a status means.
 BMOS_API const char* bmos_status(int status);
@@ -26,7 +32,8 @@ BMOS_API const char* bmos_isas();
 // The one in use.
 BMOS_API const char* bmos_isa();
 
-// Use one of them from now on. Returns 0, or 1 if the name is not in bmos_isas().
+// Use one of them from now on, for weights that are packed from now on: instruction sets differ in
+// how they have them. Returns 0, or 1 if the name is not in bmos_isas().
 BMOS_API int bmos_use_isa(const char* name);
 
 // Bytes of the packed weights of a layer.

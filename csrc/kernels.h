@@ -34,12 +34,13 @@ constexpr int64_t kMaxK = 65536;
 //     uint32 dword[ceil(N/32)][Kpad/32][32]
 //
 // A dword holds 32 consecutive weights of one row, as in the checkpoint, and 32 rows lie side by
-// side: the lanes of two AVX-512 registers.
+// side: the lanes of two AVX-512 registers. For AVX2 the bytes 0 of the 32 rows lie side by side,
+// then the bytes 1, 2 and 3 (Kernels::bytewise).
 
-// Memory for the tables of one token.
+// Memory for the tables of one token, which are gemv's own business.
 struct Tables {
-    uint8_t* sums;    // [Kpad/4][16][2]
-    int32_t* factor;  // [Kpad/16]: 1 << shift
+    uint8_t* sums;    // [Kpad/4][table_bytes]
+    int32_t* factor;  // [Kpad/16]
 };
 
 struct Kernels {
@@ -47,6 +48,10 @@ struct Kernels {
     // Up to this many tokens, by the number of planes, tables are faster than the matrix product.
     // There are none for four planes.
     int64_t max_table_tokens[5];
+    // The 128 bytes of 32 rows by 32 weights are byte[4][32] and not dword[32].
+    bool bytewise;
+    // Bytes of Tables::sums for four weights.
+    int table_bytes;
 
     // out[n] = float(x[n]), then zeros up to `padded`.
     void (*to_float)(const void* x, int dtype, int n, int padded, float* out);
@@ -60,7 +65,7 @@ struct Kernels {
                 int64_t E, const float* G, int n, int padded, float* t, int32_t* max_bits);
 
     // Quantize t[Kpad] to q << shift with |q| <= kMantissa, and tabulate for every four weights
-    // the sums of +q where a bit is 1 and -q where it is 0. The layout is gemv's own business.
+    // the sums of +q where a bit is 1 and -q where it is 0.
     // kUnit blocks of words at `next` are fetched into the cache meanwhile.
     void (*tables)(const float* t, int64_t Kpad, float inverse, Tables tables,
                    const uint32_t* next);

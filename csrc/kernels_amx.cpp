@@ -106,6 +106,6 @@ void gemm(const int8_t* A, int64_t stride, int tiles, int, int64_t width, const 
 }  // namespace bmos::amx
 
 const bmos::Kernels bmos::amx_parts = {
-    "amx",   {0, 4, 7, 0, 0},       nullptr, nullptr, nullptr, nullptr, nullptr,
-    nullptr, nullptr, amx::gemm,    amx::begin,   amx::end,     nullptr,
+    "amx",   {0, 4, 7, 0, 0}, false,     0,          nullptr,  nullptr, nullptr, nullptr,
+    nullptr, nullptr,         nullptr,   amx::gemm,  amx::begin, amx::end, nullptr,
 };

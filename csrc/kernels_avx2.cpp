@@ -1,19 +1,16 @@
-// AVX2 with FMA and F16C. One function of each kind of kernels.h, but for the tables: for one token
-// too, the matrix product is the fastest. See kernels.h for the layouts.
+// AVX2 with FMA and F16C. One function of each kind of kernels.h; see there for the layouts. Those
+// that work with tables are in tables_avx2.h.
 
 #include "vec_avx2.h"
 
 #define BMOS_ISA avx2
 #include "rows.h"
+#include "tables_avx2.h"
 
 namespace bmos::avx2 {
 
 inline __m256i byte_of(__m256i q, int p) {
     return _mm256_and_si256(_mm256_srl_epi32(q, _mm_cvtsi32_si128(8 * p)), _mm256_set1_epi32(255));
-}
-
-inline __m256i sum_pairs(__m256i words) {
-    return _mm256_madd_epi16(words, _mm256_set1_epi16(1));
 }
 
 void digits(const float* t, int64_t Kpad, float inverse, int planes, int8_t* A, int64_t stride,
@@ -42,20 +39,25 @@ void digits(const float* t, int64_t Kpad, float inverse, int planes, int8_t* A, 
                      _mm256_shuffle_epi8(bytes, transpose));
         }
     }
-    for (int p = 0; p < planes; ++p) {
-        int32_t lane[8];
-        store256(lane, plane_sums[p]);
-        sums[p] = 0;
-        for (int32_t sum : lane) sums[p] += sum;
-    }
+    for (int p = 0; p < planes; ++p) sums[p] = int32_t(sum_of_lanes(plane_sums[p]));
 }
 
 void expand(const uint32_t* words, int64_t width, uint8_t* B) {
     const __m256i one = _mm256_set1_epi8(1);
     for (int64_t k = 0; k < width; k += 32, words += kBlock) {
         uint8_t* panel = B + k / 64 * kPanelBytes + k % 64 * 16;
+        // The four bytes of a row come together again, four rows in each half.
+        const __m256i b0 = load256(words), b1 = load256(words + 8), b2 = load256(words + 16),
+                      b3 = load256(words + 24);
+        const __m256i low01 = _mm256_unpacklo_epi8(b0, b1), low23 = _mm256_unpacklo_epi8(b2, b3);
+        const __m256i high01 = _mm256_unpackhi_epi8(b0, b1), high23 = _mm256_unpackhi_epi8(b2, b3);
+        const __m256i rows[4] = {
+            _mm256_unpacklo_epi16(low01, low23), _mm256_unpackhi_epi16(low01, low23),
+            _mm256_unpacklo_epi16(high01, high23), _mm256_unpackhi_epi16(high01, high23)};
         for (int eight = 0; eight < 4; ++eight) {
-            const __m256i w = load256(words + 8 * eight);
+            const __m256i a = rows[eight % 2 * 2], b = rows[eight % 2 * 2 + 1];
+            const __m256i w = eight < 2 ? _mm256_permute2x128_si256(a, b, 0x20)
+                                        : _mm256_permute2x128_si256(a, b, 0x31);
             uint8_t* to = panel + eight / 2 * kTileBytes + eight % 2 * 32;
 #pragma GCC unroll 8
             for (int bit = 0; bit < 8; ++bit) {
@@ -123,12 +125,14 @@ void gemm(const int8_t* A, int64_t stride, int tiles, int rows, int64_t width, c
 
 const bmos::Kernels bmos::avx2_kernels = {
     "avx2",
-    {},
+    {0, INT64_MAX, INT64_MAX, 0, 0},
+    true,
+    avx2::kGroupBytes / 4,
     avx2::to_float,
     avx2::dot,
     avx2::mix,
-    nullptr,
-    nullptr,
+    avx2::tables,
+    avx2::gemv,
     avx2::digits,
     avx2::expand,
     avx2::gemm,

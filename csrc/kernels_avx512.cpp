@@ -232,6 +232,8 @@ void gemm(const int8_t* A, int64_t stride, int tiles, int rows, int64_t width, c
 const bmos::Kernels bmos::avx512_kernels = {
     "avx512",
     {0, 6, INT64_MAX, 0, 0},
+    false,
+    32,
     avx512::to_float,
     avx512::dot,
     avx512::mix,

@@ -104,6 +104,8 @@ void gemm(const int8_t* A, int64_t stride, int tiles, int rows, int64_t width, c
 const bmos::Kernels bmos::portable_kernels = {
     "portable",
     {0, INT64_MAX, INT64_MAX, 0, 0},
+    false,
+    32,
     portable::to_float,
     portable::dot,
     portable::mix,

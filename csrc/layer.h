@@ -14,7 +14,8 @@ struct Header {
     static constexpr uint32_t kMagic = 0x534f4d42;  // "BMOS"
 
     uint32_t magic;
-    int16_t scale_dtype, planes;
+    int8_t scale_dtype, bytewise;  // see Kernels::bytewise
+    int16_t planes;
     int64_t K, E, S;
     int64_t shard_sizes[1];  // S of them
 

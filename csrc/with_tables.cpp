@@ -9,6 +9,9 @@
 namespace bmos {
 namespace {
 
+// The bytes of the tables of one token and shard.
+int64_t table_bytes(const Call& c) { return c.h.K_padded() / 4 * c.f.table_bytes; }
+
 // What a thread has for itself.
 struct Own {
     float* G;         // [M, S, E]
@@ -21,13 +24,14 @@ struct Own {
         : G(arena.take<float>(c.M * c.h.S * c.h.E)),
           totals(arena.take<int32_t>(kUnit * kBlock)),
           grids(arena.take<Grid>(c.M)),
-          tables(take_tables(arena, c.h.K_padded())),
+          tables(take_tables(arena, c)),
           scales{{c, arena}, {c, arena}, {c, arena}, {c, arena}} {
         static_assert(kUnit == 4, "one BlockScales for each block");
     }
 
-    static Tables take_tables(Arena& arena, int64_t Kp) {
-        return {arena.take<uint8_t>(Kp * 8), arena.take<int32_t>(Kp / 16)};
+    static Tables take_tables(Arena& arena, const Call& c) {
+        const int64_t Kp = c.h.K_padded();
+        return {arena.take<uint8_t>(table_bytes(c)), arena.take<int32_t>(Kp / 16)};
     }
 };
 
@@ -42,7 +46,7 @@ public:
           t(arena.take<float>(c.M * h.S * Kp)),
           parts(arena.take<float>(c.M * chunks * h.S * h.E)),
           max_bits(arena.take<int32_t>(c.M * h.S * chunks)),
-          sums(arena.take<uint8_t>(c.M > 1 ? c.M * h.S * Kp * 8 : 0)),
+          sums(arena.take<uint8_t>(c.M > 1 ? c.M * h.S * table_bytes(c) : 0)),
           factor(arena.take<int32_t>(c.M > 1 ? c.M * h.S * Kp / 16 : 0)) {
         Arena count;
         const Own own(c, count);
@@ -86,7 +90,7 @@ private:
     int32_t* max_bits;  // [M, S, chunks]: of t
     // For more than one token the threads share the tables; one token's tables are built by each
     // thread for itself, which is faster than a barrier and the transfer between caches.
-    uint8_t* sums;    // [M, S, Kp/4, 16, 2]
+    uint8_t* sums;    // [M, S, Kp/4, c.f.table_bytes]
     int32_t* factor;  // [M, S, Kp/16]
     char* owned;      // [threads, own_bytes]
 
@@ -155,7 +159,7 @@ private:
         return Grid(*std::max_element(bits, bits + chunks), h.planes);
     }
     Tables shared_tables(int64_t row) const {
-        return {sums + row * Kp * 8, factor + row * Kp / 16};
+        return {sums + row * table_bytes(c), factor + row * Kp / 16};
     }
     void tabulate(int64_t row, Tables tables, const uint32_t* next) const {
         const Grid grid = grid_of(row);
@@ -205,7 +209,7 @@ constexpr int64_t kTableBytes = 1 << 19;
 }  // namespace
 
 bool with_tables(const Call& all) {
-    const int64_t fit = kTableBytes / (all.h.K_padded() * 8 * all.h.S);
+    const int64_t fit = kTableBytes / (table_bytes(all) * all.h.S);
     const int64_t step = std::clamp<int64_t>(fit, 1, 16);
     for (int64_t m = 0; m < all.M; m += step) {
         const Call call = all.some_tokens(m, std::min(step, all.M - m));

@@ -155,15 +155,28 @@ def test_a_row_has_the_same_bits_in_every_batch(isa: str, mode: str) -> None:
         assert torch.equal(linear(layer, tensors, x[first : first + M]), y[first : first + M]), M
 
 
+@pytest.mark.skipif("avx2" not in ISAS, reason="all other instruction sets pack alike")
+def test_weights_packed_for_another_instruction_set_are_refused() -> None:
+    layer, before = oracle.random_layer((40,), 70, 2), cpu.isa()
+    try:
+        cpu.library().bmos_use_isa(b"avx2")
+        tensors = prepare(layer)
+        cpu.library().bmos_use_isa(b"portable")
+        with pytest.raises(ValueError, match="another instruction set; prepare it again"):
+            linear(layer, tensors, random_x(1, 70))
+    finally:
+        cpu.library().bmos_use_isa(before.encode())
+
+
 @pytest.mark.parametrize("M", [1, 3, 40])
 def test_same_bits_on_every_instruction_set_and_number_of_threads(mode: str, M: int) -> None:
     layer = oracle.random_layer((100, 65, 3), 700, 4)
-    tensors = prepare(layer)
     x, results = random_x(M, 700), {}
     before, threads = cpu.isa(), torch.get_num_threads()
     try:
         for name in ISAS:
             cpu.library().bmos_use_isa(name.encode())
+            tensors = prepare(layer)
             for count in (1, 2, 5):
                 torch.set_num_threads(count)
                 results[name, count] = linear(layer, tensors, x)

@@ -4,7 +4,7 @@ The activations x * s_in are quantized for each token, in one of three modes. A 
 mode that VLLM_BMOS_CPU_MODE names when it is prepared; unset, a float32 layer gets `exact`, since
 who serves in float32 asks for its digits, and every other layer `default`:
 
-    default   16 bits, of which each group of 16 activations keeps 12: the error is a third of the
+    default   16 bits, of which each group of 16 activations keeps 14: the error is a third of the
               rounding of a bfloat16 result, and no outlier channel is clipped
     exact     31 bits: as good as fp32 arithmetic, at half the speed
     int8      8 bits: twice the speed for many tokens
