@@ -48,6 +48,8 @@ MIN_COLD_BYTES = 256 * 10**6
 MAX_COPIES = 512
 # For each case; copies that are not reached are not timed either.
 WARM_UP_SECONDS, QUICK_WARM_UP_SECONDS = 0.5, 0.2
+# Without a path for this processor a peer may need many seconds for one call.
+PATIENCE_SECONDS, QUICK_PATIENCE_SECONDS = 10.0, 1.0
 HOT_M = 16  # above it the weights' place no longer matters
 
 
@@ -64,7 +66,7 @@ class Case:
 
 
 def main() -> int:
-    """Run the command line; return 1 if a provider computed a wrong result."""
+    """Run the command line; return 1 if one of our results is wrong (a peer's is reported)."""
     args = parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     start(args.threads)
@@ -92,7 +94,7 @@ def main() -> int:
     }
     write_json(args.json, result)
     plot_linear(result, args.json.with_suffix(".png"))
-    return 1 if wrong else 0
+    return 1 if any(case.startswith("vllm_bmos:") for case in wrong) else 0
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -159,6 +161,7 @@ def bench_shape(
     """Check, then time every case of one shape; the messages of wrong results go to `wrong`."""
     loaded = dict(load_cases(weights, peers))
     warm_up_seconds = QUICK_WARM_UP_SECONDS if args.quick else WARM_UP_SECONDS
+    patience = QUICK_PATIENCE_SECONDS if args.quick else PATIENCE_SECONDS
     x = weights.activations(max(args.M))
     truths = {
         E: weights.layer_truth(x, E) if E else weights.product_truth(x)
@@ -179,7 +182,7 @@ def bench_shape(
                     f"{errors[case]:.2e} is above {case.mode.tolerance:.0e}; not timed"
                 )
                 logger.error("wrong result: %s", wrong[-1])
-            for case, summary in time_interleaved(rings, timer, args.rounds).items():
+            for case, summary in time_interleaved(rings, timer, args.rounds, patience).items():
                 yield {
                     "provider": case.provider,
                     "mode": case.mode.name,

@@ -163,17 +163,23 @@ class CudaTimer:
         return sample
 
 
-def time_interleaved(rings: Mapping[Key, Ring], timer: Timer, rounds: int) -> dict[Key, Summary]:
+def time_interleaved(
+    rings: Mapping[Key, Ring], timer: Timer, rounds: int, patience: float = float("inf")
+) -> dict[Key, Summary]:
     """Time every ring, a round of each in turn, so that noise of the machine meets all alike.
 
     The order is another one in each round: what ran just before leaves its mark (the clock after
-    wide arithmetic, the caches), and should not always leave it on the same ring.
+    wide arithmetic, the caches), and should not always leave it on the same ring. A ring whose
+    rounds have taken `patience` seconds gets no more of them.
     """
     samplers = {key: timer.sampler(ring) for key, ring in rings.items()}
     samples: dict[Key, list[float]] = {key: [] for key in rings}
-    order, shuffler = list(samplers), random.Random(0)
+    order, shuffler, spent = list(samplers), random.Random(0), dict.fromkeys(rings, 0.0)
     for _ in range(rounds):
         shuffler.shuffle(order)
         for key in order:
-            samples[key] += samplers[key]()
+            if spent[key] < patience:
+                begin = time.perf_counter()
+                samples[key] += samplers[key]()
+                spent[key] += time.perf_counter() - begin
     return {key: summarize(taken) for key, taken in samples.items()}

@@ -108,6 +108,17 @@ class VllmW4A16(VllmPeer):
     name = "vllm_w4a16"
 
     @override
+    def unavailable(self) -> str | None:
+        if reason := super().unavailable():
+            return reason
+        from vllm.platforms import current_platform
+
+        current_platform.import_kernels()
+        if not hasattr(torch.ops._C, "cpu_gemm_wna16"):
+            return "vLLM's build for this instruction set has no cpu_gemm_wna16"
+        return None
+
+    @override
     def modes(self, weights: Weights) -> list[Mode]:
         fits = weights.K % W4_GROUP == 0 and weights.N % 32 == 0
         if weights.dtype != torch.bfloat16 or not fits:
