@@ -22,7 +22,8 @@ from baselines.quantized import Quantized
 from converters.fitting.blocks import BlockModel, Kwargs, run_block
 from converters.fitting.folder import FitFolder
 from converters.fitting.observe import Group, find_groups, look
-from converters.fitting.threads import bfloat16_products, workers
+from converters.fitting.precision import bfloat16_products
+from converters.fitting.threads import workers
 from converters.side_files import side_files
 from converters.sources import Source
 from vllm_bmos.checkpoint.format import TORCH_DTYPES

@@ -23,8 +23,9 @@ from converters.fitting.blocks import BlockModel, Kwargs, run_block
 from converters.fitting.folder import FitFolder
 from converters.fitting.hessian import token_error, token_weights
 from converters.fitting.layer import layer_of
+from converters.fitting.precision import bfloat16_products
 from converters.fitting.student import make_student, trainable_layers
-from converters.fitting.threads import bfloat16_products, workers
+from converters.fitting.threads import workers
 
 logger = logging.getLogger(__name__)
 

@@ -24,6 +24,7 @@ from converters.fitting.divergence import divergence, hidden_distance
 from converters.fitting.experts import merge_where_useless, split, with_experts
 from converters.fitting.layer import layer_of
 from converters.fitting.memory import keep_freed_memory
+from converters.fitting.precision import model_dtype
 from converters.fitting.student import make_student, set_router_units, trainable_layers
 from converters.sources import Source
 from vllm_bmos.checkpoint.format import WEIGHT, FormatError
@@ -110,7 +111,7 @@ def compile_blocks(model: Any) -> None:
 
 def load_student(source: Source, start: Tensors) -> Any:
     """The dense model with trainable layers that begin as `start`."""
-    student = load_dense(source, torch.bfloat16, use_cache=False)  # it has float32's range
+    student = load_dense(source, model_dtype(), use_cache=False)
     names = module_names(student, source)
     make_student(student, {name: layer_of(start, disk) for disk, name in names.items()})
     return student
@@ -149,10 +150,10 @@ def fit(
         torch.set_num_threads(threads)
     if not has_gpu():
         keep_freed_memory()
-    teacher = load_dense(source, torch.bfloat16, use_cache=False)
+    teacher = load_dense(source, model_dtype(), use_cache=False)
     student = load_student(source, with_experts(start, source.modules, 1))
     before = held_out_loss(student, teacher, held_out)
-    logger.info("held-out KL before training: %.4f", before)
+    logger.info("held-out KL before training: %.4f (both models in %s)", before, teacher.dtype)
     experts = stage == EXPERTS and E > 1
     if experts and all(layer.E == 1 for layer in trainable_layers(student).values()):
         apart = split(student, train, E, seed)

@@ -33,8 +33,9 @@ from converters.fitting.layer import (
     relative_error,
 )
 from converters.fitting.observe import Group, find_groups, look
+from converters.fitting.precision import bfloat16_products
 from converters.fitting.propagation import Moments, target
-from converters.fitting.threads import bfloat16_products, workers
+from converters.fitting.threads import workers
 
 logger = logging.getLogger(__name__)
 

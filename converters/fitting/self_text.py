@@ -14,6 +14,7 @@ import torch
 
 from converters.calibration import CACHE, CalibrationError, Text, write_whole
 from converters.fitting.distill import load_dense
+from converters.fitting.precision import model_dtype
 from converters.fitting.vllm_writer import (
     LENGTH,
     Sequences,
@@ -68,7 +69,7 @@ def self_text(source: Source, tokenizer: Any, name: str, seed: int) -> Text:
 
 def write_with_transformers(source: Source, vocabulary: int, tokens: int, seed: int) -> Sequences:
     """Sample about `tokens` tokens from the dense model; see `enough`."""
-    model = load_dense(source, torch.bfloat16, use_cache=True)
+    model = load_dense(source, model_dtype(), use_cache=True)
     length = min(LENGTH, model.config.max_position_embeddings)
     end = model.generation_config.eos_token_id
     ends = set(end if isinstance(end, list) else [end]) - {None}

@@ -26,22 +26,3 @@ def workers(count: int = 0) -> Iterator[ThreadPoolExecutor]:
             yield pool
     finally:
         torch.set_num_threads(before)
-
-
-@contextmanager
-def bfloat16_products() -> Iterator[None]:
-    """Let float32 matrix products round their factors to bfloat16 where the CPU is faster so.
-
-    Good enough for forward passes and for sums over many tokens, where the roundings average out;
-    not for the solvers, whose matrices are ill-conditioned.
-    """
-    settings = getattr(torch.backends.mkldnn, "matmul", None)  # torch 2.9 has it
-    if settings is None:
-        yield
-        return
-    before = settings.fp32_precision
-    settings.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        settings.fp32_precision = before
