@@ -4,7 +4,7 @@
 // and eight add up within a byte. The sum of +-q is twice that of the entries less that of abs(q).
 //
 //     Tables::sums[Kpad/16][plane][the low nibbles of both bytes, the high ones][16]
-//     Tables::factor[0] is the sum of abs(q) << shift
+//     Tables::factor[0] is the sum of abs(q) << shift; factor[1] is 0 if the last plane is
 //
 // Included behind rows.h by kernels_avx2.cpp.
 
@@ -30,8 +30,9 @@ inline __m256i times(__m256i pairs, int low, int high) {
     return _mm256_madd_epi16(pairs, _mm256_set1_epi32(high << 16 | low));
 }
 
-// The tables of a group of sixteen. Returns its abs(q) << shift, in pairs.
-__m256i tabulate(__m256i q, int shift, uint8_t* to) {
+// The tables of a group of sixteen. Adds its abs(q) << shift to `sizes`, and the bits of its last
+// plane to `last`.
+inline void tabulate(__m256i q, int shift, uint8_t* to, __m256i& sizes, __m256i& last) {
     const __m128i up = _mm_cvtsi32_si128(shift), middle = _mm_cvtsi32_si128(6 - shift),
                   top = _mm_cvtsi32_si128(12 - shift);
     const __m256i zero = _mm256_setzero_si256(), six = _mm256_set1_epi16(63);
@@ -56,13 +57,16 @@ __m256i tabulate(__m256i q, int shift, uint8_t* to) {
             _mm256_and_si256(_mm256_sll_epi16(upper, up), six));
         put(1, _mm256_and_si256(_mm256_srl_epi16(lower, middle), six),
             _mm256_and_si256(_mm256_srl_epi16(upper, middle), six));
-        put(2, _mm256_srl_epi16(lower, top), _mm256_srl_epi16(upper, top));
+        const __m256i a = _mm256_srl_epi16(lower, top), b = _mm256_srl_epi16(upper, top);
+        put(2, a, b);
+        last = _mm256_or_si256(last, _mm256_or_si256(a, b));
     }
-    return _mm256_sll_epi32(sum_pairs(_mm256_abs_epi16(q)), up);
+    const __m256i pairs = sum_pairs(_mm256_abs_epi16(q));
+    sizes = _mm256_add_epi32(sizes, _mm256_sll_epi32(pairs, up));
 }
 
 void tables(const float* t, int64_t Kpad, float inverse, Tables tables, const uint32_t* next) {
-    __m256i sizes = _mm256_setzero_si256();
+    __m256i sizes = _mm256_setzero_si256(), last = sizes;
     uint8_t* to = tables.sums;
     for (int64_t k = 0; k < Kpad; k += kPad) {
         // A shift is long in coming: four at a time.
@@ -78,10 +82,11 @@ void tables(const float* t, int64_t Kpad, float inverse, Tables tables, const ui
             _mm_prefetch(reinterpret_cast<const char*>(next), _MM_HINT_T1);
         }
         for (int group = 0; group < 4; ++group, to += kGroupBytes) {
-            sizes = _mm256_add_epi32(sizes, tabulate(load256(q[group]), shifts[group], to));
+            tabulate(load256(q[group]), shifts[group], to, sizes, last);
         }
     }
     tables.factor[0] = int32_t(sum_of_lanes(sizes));
+    tables.factor[1] = !_mm256_testz_si256(last, last);
 }
 
 // Sums of bytes of 32 rows: of each pair of rows as 16 bits, and of its second row alone.
@@ -124,8 +129,9 @@ static_assert(kSpan / 16 * (4 * 63) < 65536 && kSpan / 32 * (8 * 31) < 65536);
 // Weights that are fetched ahead, 2 KB: the processor's own prefetcher stops at each page's end.
 constexpr int64_t kAhead = 512;
 
-// total[32] += the entries of `width` weights of the 32 rows of a block. The next to be looked
-// up lie at `next`.
+// total[32] += the entries of `width` weights of the 32 rows of a block, in the first kPlanes
+// planes (int8 mode has nothing in the last). The weights that are looked up next lie at `next`.
+template <int kPlanes>
 void look_up(const uint8_t* bytes, int64_t width, const uint8_t* tables, const uint8_t* next,
              uint32_t* total) {
     const __m256i nibble = _mm256_set1_epi8(15);
@@ -143,9 +149,9 @@ void look_up(const uint8_t* bytes, int64_t width, const uint8_t* tables, const u
                 _mm256_and_si256(w0, nibble), _mm256_and_si256(w1, nibble),
                 _mm256_and_si256(_mm256_srli_epi16(w0, 4), nibble),
                 _mm256_and_si256(_mm256_srli_epi16(w1, 4), nibble)};
-            __m256i sums[3];
+            __m256i sums[3] = {};
 #pragma GCC unroll 3
-            for (int plane = 0; plane < 3; ++plane) {
+            for (int plane = 0; plane < kPlanes; ++plane) {
                 __m256i found[4];
 #pragma GCC unroll 4
                 for (int i = 0; i < 4; ++i) {
@@ -157,13 +163,13 @@ void look_up(const uint8_t* bytes, int64_t width, const uint8_t* tables, const u
             }
             lower.add(sums[0]);
             middle.add(sums[1]);
-            fives = _mm256_add_epi8(fives, sums[2]);
+            if (kPlanes == 3) fives = _mm256_add_epi8(fives, sums[2]);
         }
-        upper.add(fives);
+        if (kPlanes == 3) upper.add(fives);
     }
     lower.add_to(total, 0);
     middle.add_to(total, 6);
-    upper.add_to(total, 12);
+    if (kPlanes == 3) upper.add_to(total, 12);
 }
 
 void gemv(const uint32_t* words, int blocks, int64_t Kpad, Tables tables, const uint32_t* next,
@@ -178,8 +184,9 @@ void gemv(const uint32_t* words, int blocks, int64_t Kpad, Tables tables, const 
             const uint8_t* then = block + 1 < blocks ? bytes_at(block + 1, k)
                                   : k + width < Kpad ? bytes_at(0, k + width)
                                                      : reinterpret_cast<const uint8_t*>(next);
-            look_up(bytes_at(block, k), width, tables.sums + k / 16 * kGroupBytes, then,
-                    sums + block * kBlock);
+            const auto add = tables.factor[1] ? look_up<3> : look_up<2>;
+            add(bytes_at(block, k), width, tables.sums + k / 16 * kGroupBytes, then,
+                sums + block * kBlock);
         }
     }
     const __m256i sizes = _mm256_set1_epi32(tables.factor[0]);
