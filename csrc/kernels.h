@@ -1,4 +1,5 @@
-// The table of functions that every instruction set implements, and the layouts that they share.
+// The table of functions that every instruction set implements, and the layouts that they share. One
+// that is faster with tables for any number of tokens has no functions for the matrix product.
 //
 // All paths compute the same integers and the same fp32 operations in the same order, so that
 // every path, every number of threads and every batch gives the same bits.
@@ -43,10 +44,14 @@ struct Tables {
     int32_t* factor;  // [Kpad/16]
 };
 
+// What is tabulated of the integers that activations become: all of them, in exact mode their parts.
+enum class Part { whole, lower, upper };  // q = (upper << kPartBits) + lower
+constexpr int kPartBits = 15;
+
 struct Kernels {
     const char* name;
     // Up to this many tokens, by the number of planes, tables are faster than the matrix product.
-    // There are none for four planes.
+    // Only AVX2 has some for four planes.
     int64_t max_table_tokens[5];
     // The 128 bytes of 32 rows by 32 weights are byte[4][32] and not dword[32].
     bool bytewise;
@@ -64,10 +69,10 @@ struct Kernels {
     void (*mix)(const float* x, int64_t ldx, int T, const void* s_in, int64_t lds, int dtype,
                 int64_t E, const float* G, int n, int padded, float* t, int32_t* max_bits);
 
-    // Quantize t[Kpad] to q << shift with |q| <= kMantissa, and tabulate for every four weights
-    // the sums of +q where a bit is 1 and -q where it is 0.
+    // Quantize t[Kpad] to q << shift with |q| <= kMantissa, or to a part of exact mode's integers,
+    // and tabulate for every four weights the sums of +q where a bit is 1 and -q where it is 0.
     // kUnit blocks of words at `next` are fetched into the cache meanwhile.
-    void (*tables)(const float* t, int64_t Kpad, float inverse, Tables tables,
+    void (*tables)(const float* t, int64_t Kpad, float inverse, Part part, Tables tables,
                    const uint32_t* next);
 
     // total[blocks][32]: the sum of +-q << shift over K, of `blocks` <= kUnit blocks of rows.
@@ -94,7 +99,8 @@ struct Kernels {
     void (*end)(void* state);
 
     // y[n] = (total * unit) * (sum_e G[e] * s_out[e][32]) + bias; n <= 32, bias may be null.
-    // For planes > 0, total is the sum over p of (2 * C[p * plane_stride] - sums[p]) << 8 * p.
+    // For planes > 0, total is the sum over p of (2 * C[p * plane_stride] - sums[p]) << 8 * p. Else
+    // it is C, for planes = kTwoParts plus C[plane_stride] << kPartBits.
     void (*finish)(const int32_t* C, int64_t plane_stride, int planes, const int32_t* sums,
                    float unit, const float* G, int64_t E, const float* s_out, const float* bias,
                    int n, void* y, int dtype);
@@ -108,9 +114,12 @@ extern const Kernels amx_parts;  // gemm, begin and end; the rest is that of AVX
 // Bytes that Kernels::begin may keep until Kernels::end.
 constexpr int kStateBytes = 64;
 
-// The largest quantized value of a mode, which its balanced base-256 digits can hold.
+constexpr int kTwoParts = -2;  // see Kernels::finish
+
+// The largest quantized value of a mode, which its balanced base-256 digits can hold, and parts of
+// kPartBits and 16 bits.
 constexpr float mode_limit(int planes) {
-    return planes == 1 ? 127.0f : planes == 2 ? 32624.0f : 1073741824.0f;
+    return planes == 1 ? 127.0f : planes == 2 ? 32624.0f : 32767.0f * (1 << kPartBits);
 }
 // In the default mode a group of 16 activations keeps fourteen bits, so that the sum of four of
 // them fits 16 bits.

@@ -1,123 +1,209 @@
-// AVX2 with FMA and F16C. One function of each kind of kernels.h; see there for the layouts. Those
-// that work with tables are in tables_avx2.h.
+// AVX2 with FMA and F16C: the functions of kernels.h that a layer with tables needs. There is no
+// matrix product, as tables are faster in every mode and for any number of tokens.
+//
+// vpshufb looks up 32 nibbles in a table of 16 bytes, and only bytes are cheap to add. So an entry
+// is the sum of those of four integers whose bits are 1, less the least such sum: 17 bits without a
+// sign, in two planes of 6 bits and one of 5, of which four and eight add up within a byte. The sum
+// with signs is twice that of the entries less that of the absolute values.
+//
+//     Tables::sums[Kpad/16][plane][the low nibbles of both bytes, the high ones][16]
+//     Tables::factor[0] is the sum of the absolute values; factor[1] is 0 if the last plane is
 
 #include "vec_avx2.h"
 
 #define BMOS_ISA avx2
 #include "rows.h"
-#include "tables_avx2.h"
 
 namespace bmos::avx2 {
 
-inline __m256i byte_of(__m256i q, int p) {
-    return _mm256_and_si256(_mm256_srl_epi32(q, _mm_cvtsi32_si128(8 * p)), _mm256_set1_epi32(255));
+inline __m256i sum_pairs(__m256i words) {
+    return _mm256_madd_epi16(words, _mm256_set1_epi16(1));
 }
 
-void digits(const float* t, int64_t Kpad, float inverse, int planes, int8_t* A, int64_t stride,
-            int32_t* sums) {
-    // Balanced digits: adding 128 to every lower byte carries into the next where the byte is at
-    // least 128, and flipping its top bit takes the 128 away again.
-    const __m256i carry = _mm256_set1_epi32(planes == 4 ? 0x808080 : planes == 2 ? 0x80 : 0);
-    // In each half, the bytes 4 * j + i to 4 * i + j.
-    const __m256i transpose = _mm256_broadcastsi128_si256(
-        _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
-    __m256i plane_sums[4];
-    for (int p = 0; p < planes; ++p) plane_sums[p] = _mm256_setzero_si256();
-    for (int64_t k = 0; k < Kpad; k += 32) {
-        const I low = quantize(t + k, inverse, planes);
-        const I high = quantize(t + k + 16, inverse, planes);
-        __m256i q[4] = {low.a, low.b, high.a, high.b};
-        for (auto& x : q) x = _mm256_xor_si256(_mm256_add_epi32(x, carry), carry);
-        for (int p = 0; p < planes; ++p) {
-            // Packing works within halves: 0-3 and 4-7 of each of the four.
-            const __m256i bytes = _mm256_packus_epi16(
-                _mm256_packus_epi32(byte_of(q[0], p), byte_of(q[1], p)),
-                _mm256_packus_epi32(byte_of(q[2], p), byte_of(q[3], p)));
-            const __m256i pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), bytes);
-            plane_sums[p] = _mm256_add_epi32(plane_sums[p], sum_pairs(pairs));
-            store256(A + p * stride + k / 64 * kTileBytes + k % 64,
-                     _mm256_shuffle_epi8(bytes, transpose));
-        }
-    }
-    for (int p = 0; p < planes; ++p) sums[p] = int32_t(sum_of_lanes(plane_sums[p]));
+inline uint32_t sum_of_lanes(__m256i x) {
+    uint32_t lane[8], sum = 0;
+    store256(lane, x);
+    for (uint32_t one : lane) sum += one;
+    return sum;
 }
 
-void expand(const uint32_t* words, int64_t width, uint8_t* B) {
-    const __m256i one = _mm256_set1_epi8(1);
-    for (int64_t k = 0; k < width; k += 32, words += kBlock) {
-        uint8_t* panel = B + k / 64 * kPanelBytes + k % 64 * 16;
-        // The four bytes of a row come together again, four rows in each half.
-        const __m256i b0 = load256(words), b1 = load256(words + 8), b2 = load256(words + 16),
-                      b3 = load256(words + 24);
-        const __m256i low01 = _mm256_unpacklo_epi8(b0, b1), low23 = _mm256_unpacklo_epi8(b2, b3);
-        const __m256i high01 = _mm256_unpackhi_epi8(b0, b1), high23 = _mm256_unpackhi_epi8(b2, b3);
-        const __m256i rows[4] = {
-            _mm256_unpacklo_epi16(low01, low23), _mm256_unpackhi_epi16(low01, low23),
-            _mm256_unpacklo_epi16(high01, high23), _mm256_unpackhi_epi16(high01, high23)};
-        for (int eight = 0; eight < 4; ++eight) {
-            const __m256i a = rows[eight % 2 * 2], b = rows[eight % 2 * 2 + 1];
-            const __m256i w = eight < 2 ? _mm256_permute2x128_si256(a, b, 0x20)
-                                        : _mm256_permute2x128_si256(a, b, 0x31);
-            uint8_t* to = panel + eight / 2 * kTileBytes + eight % 2 * 32;
-#pragma GCC unroll 8
-            for (int bit = 0; bit < 8; ++bit) {
-                store256(to + bit * kRow, _mm256_and_si256(_mm256_srli_epi32(w, bit), one));
+constexpr int kPlaneBytes = 4 * 16, kGroupBytes = 3 * kPlaneBytes;
+
+// The lower (upper) 16 bits of each dword times `low` (`high`), added.
+inline __m256i times(__m256i pairs, int low, int high) {
+    return _mm256_madd_epi16(pairs, _mm256_set1_epi32(high << 16 | low));
+}
+
+// The tables of a group of sixteen. Adds its absolute values to `sizes`, and the bits of its last
+// plane to `last`.
+inline void tabulate(__m256i q, uint8_t* to, __m256i& sizes, __m256i& last) {
+    const __m256i zero = _mm256_setzero_si256(), six = _mm256_set1_epi32(63);
+    const __m256i bits = _mm256_broadcastsi128_si256(_mm_setr_epi16(0, 0, 1, 0, 0, 1, 1, 1));
+    sizes = _mm256_add_epi32(sizes, sum_pairs(_mm256_abs_epi16(q)));
+    // Each half has two times four, whose negative ones add up to dwords 0 and 1 of this.
+    const __m256i least = _mm256_hadd_epi32(sum_pairs(_mm256_min_epi16(q, zero)), zero);
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i, to += 32) {
+        const __m256i q01 = _mm256_shuffle_epi32(q, i ? 0xaa : 0x00);
+        const __m256i q23 = _mm256_shuffle_epi32(q, i ? 0xff : 0x55);
+        // Entries 0 to 3, 4 to 7, 8 to 11 and 12 to 15 of a table in each half.
+        __m256i e[4];
+        e[0] = _mm256_sub_epi32(_mm256_madd_epi16(q01, bits),
+                                _mm256_shuffle_epi32(least, i ? 0x55 : 0x00));
+        e[1] = _mm256_add_epi32(e[0], times(q23, 1, 0));
+        e[2] = _mm256_add_epi32(e[0], times(q23, 0, 1));
+        e[3] = _mm256_add_epi32(e[0], times(q23, 1, 1));
+#pragma GCC unroll 3
+        for (int plane = 0; plane < 3; ++plane) {
+            __m256i digit[4];
+            for (int j = 0; j < 4; ++j) {
+                digit[j] = plane < 2 ? _mm256_and_si256(e[j], six) : e[j];
+                e[j] = _mm256_srli_epi32(e[j], 6);
             }
+            const __m256i bytes = _mm256_packus_epi16(_mm256_packs_epi32(digit[0], digit[1]),
+                                                      _mm256_packs_epi32(digit[2], digit[3]));
+            store256(to + plane * kPlaneBytes, bytes);
+            if (plane == 2) last = _mm256_or_si256(last, bytes);
         }
     }
 }
 
-// R tokens by 16 rows of the layer. A pair of products is at most 2 * 128, so 16 bits
-// hold 128 pairs.
-template <int R>
-void gemm_rows(const int8_t* A, int64_t width, const uint8_t* B, int32_t* C, bool add) {
-    for (int64_t start = 0; start < width; start += 512) {
-        const int64_t end = width - start < 512 ? width : start + 512;
-        __m256i left[R], right[R];
-        for (int r = 0; r < R; ++r) left[r] = right[r] = _mm256_setzero_si256();
-        for (int64_t k = start; k < end; k += 4) {
-            const uint8_t* b = B + k / 64 * kPanelBytes + k % 64 * 16;
-            const int8_t* a = A + k / 64 * kTileBytes + k % 64;
-            const __m256i b0 = load256(b), b1 = load256(b + 32);
+// Sixteen integers of 16 bits.
+inline I part_of(const float* t, float inverse, Part part) {
+    if (part == Part::whole) return quantize(t, inverse, BMOS_DEFAULT);
+    const I q = quantize(t, inverse, BMOS_EXACT);
+    constexpr int32_t half = 1 << (kPartBits - 1);
+    const I upper = {_mm256_srai_epi32(_mm256_add_epi32(q.a, _mm256_set1_epi32(half)), kPartBits),
+                     _mm256_srai_epi32(_mm256_add_epi32(q.b, _mm256_set1_epi32(half)), kPartBits)};
+    return part == Part::upper ? upper : sub(q, shift_left(upper, kPartBits));
+}
+
+void tables(const float* t, int64_t Kpad, float inverse, Part part, Tables tables,
+            const uint32_t* next) {
+    __m256i sizes = _mm256_setzero_si256(), last = sizes;
+    uint8_t* to = tables.sums;
+    for (int64_t k = 0; k < Kpad; k += kPad) {
+        // The integers are long in coming: four groups at a time.
+        alignas(32) int16_t q[4][16];
 #pragma GCC unroll 4
-            for (int r = 0; r < R; ++r) {
-                int32_t four;
-                memcpy(&four, a + r * kRow, sizeof(four));
-                const __m256i x = _mm256_set1_epi32(four);
-                left[r] = _mm256_add_epi16(left[r], _mm256_maddubs_epi16(b0, x));
-                right[r] = _mm256_add_epi16(right[r], _mm256_maddubs_epi16(b1, x));
-            }
+        for (int group = 0; group < 4; ++group) {
+            store_i16(q[group], part_of(t + k + 16 * group, inverse, part));
         }
-        for (int r = 0; r < R; ++r) {
-            int32_t* c = C + r * kBlock;
-            __m256i c0 = sum_pairs(left[r]), c1 = sum_pairs(right[r]);
-            if (add || start > 0) {
-                c0 = _mm256_add_epi32(c0, load256(c));
-                c1 = _mm256_add_epi32(c1, load256(c + 8));
-            }
-            store256(c, c0);
-            store256(c + 8, c1);
+        for (int line = 0; line < kUnit * kPad * kBlock / 512; ++line, next += 16) {
+            _mm_prefetch(reinterpret_cast<const char*>(next), _MM_HINT_T1);
+        }
+        for (int group = 0; group < 4; ++group, to += kGroupBytes) {
+            tabulate(load256(q[group]), to, sizes, last);
         }
     }
+    tables.factor[0] = int32_t(sum_of_lanes(sizes));
+    tables.factor[1] = !_mm256_testz_si256(last, last);
 }
 
-void gemm(const int8_t* A, int64_t stride, int tiles, int rows, int64_t width, const uint8_t* B,
-          int32_t* C, bool add) {
-    for (int tile = 0; tile < tiles; ++tile) {
-        for (int half = 0; half < 2; ++half) {
-            const uint8_t* b = B + half * kTileBytes;
-            for (int r = 0; r < rows; r += 4) {
-                const int8_t* a = A + r * kRow;
-                int32_t* c = C + r * kBlock + half * 16;
-                switch (rows - r) {
-                    case 1: gemm_rows<1>(a, width, b, c, add); break;
-                    case 2: gemm_rows<2>(a, width, b, c, add); break;
-                    default: gemm_rows<4>(a, width, b, c, add);
-                }
+// Sums of bytes of 32 rows: of each pair of rows as 16 bits, and of its second row alone.
+struct ByteSums {
+    __m256i both = _mm256_setzero_si256(), second = _mm256_setzero_si256();
+
+    void add(__m256i bytes) {
+        both = _mm256_add_epi16(both, bytes);
+        second = _mm256_add_epi16(second, _mm256_srli_epi16(bytes, 8));
+        asm("" : "+x"(both), "+x"(second));  // here and not later: gcc 12 would spill the bytes
+    }
+    // Each row times 1 << shift, to 32 bits.
+    void add_to(uint32_t* total, int shift) const {
+        const __m256i first = _mm256_sub_epi16(both, _mm256_slli_epi16(second, 8));
+        const __m256i zero = _mm256_setzero_si256();
+        const __m128i count = _mm_cvtsi32_si128(shift);
+        const __m256i low = _mm256_unpacklo_epi16(first, second);
+        const __m256i high = _mm256_unpackhi_epi16(first, second);
+        const __m256i four[4] = {
+            _mm256_unpacklo_epi16(low, zero), _mm256_unpackhi_epi16(low, zero),
+            _mm256_unpacklo_epi16(high, zero), _mm256_unpackhi_epi16(high, zero)};
+        // Row 4 * i + j lies in the lower half of four[i], row 16 + 4 * i + j in the upper one.
+        for (int i = 0; i < 4; ++i) {
+            const __m256i x = four[i];
+            for (int half = 0; half < 2; ++half) {
+                uint32_t* to = total + 16 * half + 4 * i;
+                const __m128i part =
+                    half ? _mm256_extracti128_si256(x, 1) : _mm256_castsi256_si128(x);
+                _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
+                                 _mm_add_epi32(load128(to), _mm_sll_epi32(part, count)));
             }
         }
-        A += stride;
-        C += 16 * kBlock;
+    }
+};
+
+// Weights whose sums 16 bits hold: four entries of 63 for each 16, or eight of 31 for each 32.
+constexpr int64_t kSpan = 2048;
+static_assert(kSpan / 16 * (4 * 63) < 65536 && kSpan / 32 * (8 * 31) < 65536);
+
+// Weights that are fetched ahead, 2 KB: the processor's own prefetcher stops at each page's end.
+constexpr int64_t kAhead = 512;
+
+// total[32] += the entries of `width` weights of the 32 rows of a block, in the first kPlanes
+// planes (int8 mode has nothing in the last). The weights that are looked up next lie at `next`.
+template <int kPlanes>
+void look_up(const uint8_t* bytes, int64_t width, const uint8_t* tables, const uint8_t* next,
+             uint32_t* total) {
+    const __m256i nibble = _mm256_set1_epi8(15);
+    ByteSums lower, middle, upper;
+    for (int64_t k = 0; k < width; k += 32) {
+        const int64_t left = width - k - kAhead;
+        const uint8_t* ahead = left > 0 ? bytes + 4 * kAhead : next - 4 * left;
+        _mm_prefetch(reinterpret_cast<const char*>(ahead), _MM_HINT_T0);
+        _mm_prefetch(reinterpret_cast<const char*>(ahead + 64), _MM_HINT_T0);
+        __m256i fives = _mm256_setzero_si256();
+#pragma GCC unroll 2
+        for (int group = 0; group < 2; ++group, tables += kGroupBytes, bytes += 64) {
+            const __m256i w0 = load256(bytes), w1 = load256(bytes + 32);
+            const __m256i index[4] = {
+                _mm256_and_si256(w0, nibble), _mm256_and_si256(w1, nibble),
+                _mm256_and_si256(_mm256_srli_epi16(w0, 4), nibble),
+                _mm256_and_si256(_mm256_srli_epi16(w1, 4), nibble)};
+            __m256i sums[3] = {};
+#pragma GCC unroll 3
+            for (int plane = 0; plane < kPlanes; ++plane) {
+                __m256i found[4];
+#pragma GCC unroll 4
+                for (int i = 0; i < 4; ++i) {
+                    const __m128i table = load128(tables + plane * kPlaneBytes + 16 * i);
+                    found[i] = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(table), index[i]);
+                }
+                sums[plane] = _mm256_add_epi8(_mm256_add_epi8(found[0], found[1]),
+                                              _mm256_add_epi8(found[2], found[3]));
+            }
+            lower.add(sums[0]);
+            middle.add(sums[1]);
+            if (kPlanes == 3) fives = _mm256_add_epi8(fives, sums[2]);
+        }
+        if (kPlanes == 3) upper.add(fives);
+    }
+    lower.add_to(total, 0);
+    middle.add_to(total, 6);
+    if (kPlanes == 3) upper.add_to(total, 12);
+}
+
+void gemv(const uint32_t* words, int blocks, int64_t Kpad, Tables tables, const uint32_t* next,
+          int32_t* total) {
+    uint32_t sums[kUnit * kBlock] = {};
+    const auto bytes_at = [&](int block, int64_t k) {
+        return reinterpret_cast<const uint8_t*>(words + block * Kpad + k);
+    };
+    for (int64_t k = 0; k < Kpad; k += kSpan) {
+        const int64_t width = Kpad - k < kSpan ? Kpad - k : kSpan;
+        for (int block = 0; block < blocks; ++block) {
+            const uint8_t* then = block + 1 < blocks ? bytes_at(block + 1, k)
+                                  : k + width < Kpad ? bytes_at(0, k + width)
+                                                     : reinterpret_cast<const uint8_t*>(next);
+            const auto add = tables.factor[1] ? look_up<3> : look_up<2>;
+            add(bytes_at(block, k), width, tables.sums + k / 16 * kGroupBytes, then,
+                sums + block * kBlock);
+        }
+    }
+    const __m256i sizes = _mm256_set1_epi32(tables.factor[0]);
+    for (int row = 0; row < blocks * kBlock; row += 8) {
+        const __m256i sum = load256(sums + row);
+        store256(total + row, _mm256_sub_epi32(_mm256_add_epi32(sum, sum), sizes));
     }
 }
 
@@ -125,7 +211,7 @@ void gemm(const int8_t* A, int64_t stride, int tiles, int rows, int64_t width, c
 
 const bmos::Kernels bmos::avx2_kernels = {
     "avx2",
-    {0, INT64_MAX, INT64_MAX, 0, 0},
+    {0, INT64_MAX, INT64_MAX, 0, INT64_MAX},
     true,
     avx2::kGroupBytes / 4,
     avx2::to_float,
@@ -133,10 +219,10 @@ const bmos::Kernels bmos::avx2_kernels = {
     avx2::mix,
     avx2::tables,
     avx2::gemv,
-    avx2::digits,
-    avx2::expand,
-    avx2::gemm,
-    avx2::nothing,
-    avx2::nothing,
+    nullptr,
+    nullptr,
+    nullptr,
+    nullptr,
+    nullptr,
     avx2::finish,
 };

@@ -31,7 +31,7 @@ alignas(64) constexpr Signs kSigns;
 // and one for the upper bytes.
 //
 //     sums[Kpad/32][nibble][lower, upper][byte of the dword][16]
-void tables(const float* t, int64_t Kpad, float inverse, Tables tables,
+void tables(const float* t, int64_t Kpad, float inverse, Part, Tables tables,
             const uint32_t* next) {
     const I low = _mm512_load_si512(kSigns.pair[0]), high = _mm512_load_si512(kSigns.pair[1]);
     // Packing leaves four entries of byte 0, 1, 2, 3 in each 128-bit lane.

@@ -11,8 +11,7 @@ namespace bmos::portable {
 inline int place_of(int k) { return k / 32 * 32 + k % 8 * 4 + k % 32 / 8; }
 
 // int16 sums[Kpad/4][16]
-void tables(const float* t, int64_t Kpad, float inverse, Tables tables,
-            const uint32_t*) {
+void tables(const float* t, int64_t Kpad, float inverse, Part, Tables tables, const uint32_t*) {
     auto* sums = reinterpret_cast<int16_t*>(tables.sums);
     for (int64_t k = 0; k < Kpad; k += 16) {
         const V v = mul(load(t + k), set(inverse));

@@ -165,7 +165,7 @@ inline I quantize(const float* t, float inverse, int planes) {
 
 inline V total_of(const int32_t* C, int64_t plane_stride, int planes, const int32_t* sums) {
     if (planes == 0) return to_float(load(C));
-    if (planes <= 2) {
+    if (planes == 1 || planes == 2) {
         I all = sub(shift_left(load(C), 1), set(sums[0]));
         if (planes == 2) {
             const I high = sub(shift_left(load(C + plane_stride), 1), set(sums[1]));
@@ -175,7 +175,7 @@ inline V total_of(const int32_t* C, int64_t plane_stride, int planes, const int3
     }
     float total[16];
     for (int i = 0; i < 16; ++i) {
-        int64_t sum = 0;
+        int64_t sum = planes == kTwoParts ? (int64_t(C[plane_stride + i]) << kPartBits) + C[i] : 0;
         for (int p = planes - 1; p >= 0; --p) {
             sum = sum * 256 + 2 * int64_t(C[p * plane_stride + i]) - sums[p];
         }

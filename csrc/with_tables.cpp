@@ -9,20 +9,23 @@
 namespace bmos {
 namespace {
 
-// The bytes of the tables of one token and shard.
+// Tables for each token and shard.
+int parts_of(const Call& c) { return c.h.planes == BMOS_EXACT ? 2 : 1; }
+
+// The bytes of the tables of one part.
 int64_t table_bytes(const Call& c) { return c.h.K_padded() / 4 * c.f.table_bytes; }
 
 // What a thread has for itself.
 struct Own {
     float* G;         // [M, S, E]
-    int32_t* totals;  // [kUnit, kBlock]
+    int32_t* totals;  // [parts, kUnit, kBlock]
     Grid* grids;      // [M]
-    Tables tables;    // of one token
+    Tables tables;    // [parts], of one token
     BlockScales scales[kUnit];
 
     Own(const Call& c, Arena& arena)
         : G(arena.take<float>(c.M * c.h.S * c.h.E)),
-          totals(arena.take<int32_t>(kUnit * kBlock)),
+          totals(arena.take<int32_t>(parts_of(c) * kUnit * kBlock)),
           grids(arena.take<Grid>(c.M)),
           tables(take_tables(arena, c)),
           scales{{c, arena}, {c, arena}, {c, arena}, {c, arena}} {
@@ -30,8 +33,9 @@ struct Own {
     }
 
     static Tables take_tables(Arena& arena, const Call& c) {
-        const int64_t Kp = c.h.K_padded();
-        return {arena.take<uint8_t>(table_bytes(c)), arena.take<int32_t>(Kp / 16)};
+        const int parts = parts_of(c);
+        return {arena.take<uint8_t>(parts * table_bytes(c)),
+                arena.take<int32_t>(parts * c.h.K_padded() / 16)};
     }
 };
 
@@ -42,12 +46,13 @@ public:
           h(call.h),
           Kp(h.K_padded()),
           chunks(chunks_of(h.K)),
+          parts(parts_of(c)),
           x(arena.take<float>(c.M * Kp)),
           t(arena.take<float>(c.M * h.S * Kp)),
-          parts(arena.take<float>(c.M * chunks * h.S * h.E)),
+          part_logits(arena.take<float>(c.M * chunks * h.S * h.E)),
           max_bits(arena.take<int32_t>(c.M * h.S * chunks)),
-          sums(arena.take<uint8_t>(c.M > 1 ? c.M * h.S * table_bytes(c) : 0)),
-          factor(arena.take<int32_t>(c.M > 1 ? c.M * h.S * Kp / 16 : 0)) {
+          sums(arena.take<uint8_t>(c.M > 1 ? c.M * h.S * parts * table_bytes(c) : 0)),
+          factor(arena.take<int32_t>(c.M > 1 ? c.M * h.S * parts * Kp / 16 : 0)) {
         Arena count;
         const Own own(c, count);
         own_bytes = count.used();
@@ -83,15 +88,15 @@ public:
 private:
     const Call& c;
     const Header& h;
-    int64_t Kp, chunks, own_bytes;
+    int64_t Kp, chunks, parts, own_bytes;
     float* x;           // [M, Kp]
     float* t;           // [M, S, Kp]: x * s_in
-    float* parts;       // [M, chunks, S, E]: the logits of each chunk
+    float* part_logits;  // [M, chunks, S, E]: of each chunk
     int32_t* max_bits;  // [M, S, chunks]: of t
     // For more than one token the threads share the tables; one token's tables are built by each
     // thread for itself, which is faster than a barrier and the transfer between caches.
-    uint8_t* sums;    // [M, S, Kp/4, c.f.table_bytes]
-    int32_t* factor;  // [M, S, Kp/16]
+    uint8_t* sums;    // [M, S, parts, Kp/4, c.f.table_bytes]
+    int32_t* factor;  // [M, S, parts, Kp/16]
     char* owned;      // [threads, own_bytes]
 
     // An item is one chunk of K of one token.
@@ -112,7 +117,7 @@ private:
                 const int64_t at = r * h.K + k;
                 fetch(c.scale_at(c.s_in, at), chunk_size(h.K, i) * bytes_of(h.scale_dtype));
                 c.f.dot(x + m * Kp + k, 0, 1, c.scale_at(c.router, at), h.scale_dtype,
-                        chunk_size(h.K, i), parts + item * rows + r);
+                        chunk_size(h.K, i), part_logits + item * rows + r);
             }
         }
     }
@@ -122,7 +127,7 @@ private:
             for (int64_t s = 0; s < h.S; ++s) {
                 float* G = own.G + (m * h.S + s) * h.E;
                 if (c.routed()) {
-                    softmax(parts + (m * chunks * h.S + s) * h.E, chunks, h.S * h.E, h.E, G);
+                    softmax(part_logits + (m * chunks * h.S + s) * h.E, chunks, h.S * h.E, h.E, G);
                 } else if (c.logits) {
                     softmax(c.logits + (m * h.S + s) * h.E, 1, 0, h.E, G);
                 } else {
@@ -159,11 +164,18 @@ private:
         return Grid(*std::max_element(bits, bits + chunks), h.planes);
     }
     Tables shared_tables(int64_t row) const {
-        return {sums + row * table_bytes(c), factor + row * Kp / 16};
+        return part_of({sums, factor}, row * parts);
+    }
+    Tables part_of(Tables first, int64_t index) const {
+        return {first.sums + index * table_bytes(c), first.factor + index * Kp / 16};
     }
     void tabulate(int64_t row, Tables tables, const uint32_t* next) const {
         const Grid grid = grid_of(row);
-        if (grid.finite()) c.f.tables(t + row * Kp, Kp, grid.inverse, tables, next);
+        if (!grid.finite()) return;
+        for (int i = 0; i < parts; ++i) {
+            const Part part = parts == 1 ? Part::whole : i == 0 ? Part::lower : Part::upper;
+            c.f.tables(t + row * Kp, Kp, grid.inverse, part, part_of(tables, i), next);
+        }
     }
 
     // y of the blocks first to last of shard s.
@@ -185,15 +197,20 @@ private:
                 const int64_t row = m * h.S + s;
                 // The last token fetches the next unit: the others have this one in the cache.
                 const bool fetch_next = m == c.M - 1 && block + 2 * kUnit <= last;
-                if (own.grids[m].finite()) {
-                    c.f.gemv(unit, count, Kp, c.M == 1 ? own.tables : shared_tables(row),
-                             fetch_next ? unit + kUnit * Kp : unit, own.totals);
-                } else {
-                    std::memset(own.totals, 0, kUnit * kBlock * sizeof(int32_t));
+                const Tables tables = c.M == 1 ? own.tables : shared_tables(row);
+                for (int i = 0; i < parts; ++i) {
+                    int32_t* totals = own.totals + i * kUnit * kBlock;
+                    if (own.grids[m].finite()) {
+                        c.f.gemv(unit, count, Kp, part_of(tables, i),
+                                 fetch_next && i == parts - 1 ? unit + kUnit * Kp : unit, totals);
+                    } else {
+                        std::memset(totals, 0, kUnit * kBlock * sizeof(int32_t));
+                    }
                 }
                 for (int i = 0; i < count; ++i) {
                     const int64_t n = (block + i) * kBlock;
-                    c.f.finish(own.totals + i * kBlock, 0, 0, nullptr, own.grids[m].unit,
+                    c.f.finish(own.totals + i * kBlock, kUnit * kBlock,
+                               parts == 1 ? 0 : kTwoParts, nullptr, own.grids[m].unit,
                                own.G + row * h.E, h.E, own.scales[i].s_out(),
                                own.scales[i].bias(), int(std::min<int64_t>(kBlock, N - n)),
                                c.y_at(m, start + n), c.x_dtype);
@@ -209,7 +226,7 @@ constexpr int64_t kTableBytes = 1 << 19;
 }  // namespace
 
 bool with_tables(const Call& all) {
-    const int64_t fit = kTableBytes / (table_bytes(all) * all.h.S);
+    const int64_t fit = kTableBytes / (parts_of(all) * table_bytes(all) * all.h.S);
     const int64_t step = std::clamp<int64_t>(fit, 1, 16);
     for (int64_t m = 0; m < all.M; m += step) {
         const Call call = all.some_tokens(m, std::min(step, all.M - m));
