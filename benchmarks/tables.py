@@ -32,6 +32,8 @@ PROVIDERS = [
     ("llama_cpp", "tq2_0", "llama.cpp TQ2_0"),
     ("llama_cpp", "q4_0", "llama.cpp Q4_0"),
 ]
+# The best first.
+ISAS = [("amx_int8", "AMX"), ("avx512_vnni", "AVX-512"), ("avx2", "AVX2")]
 TEXT_NAMES = {
     "c4.utf8": "C4",
     "wiki.utf8": "Wikipedia",
@@ -70,6 +72,7 @@ def tables(results: Path) -> str:
     for name, table in (
         ("serving", serving_table),
         ("linear", linear_table),
+        ("linear_avx2", linear_table),
         ("memory", memory_table),
         ("draft", draft_table),
         ("quality", quality_table),
@@ -135,6 +138,9 @@ def linear_table(result: dict[str, Any]) -> str:
             if any(cell is not None for cell in cells):
                 text = " | ".join("-" if cell is None else f"{cell:,.0f}" for cell in cells)
                 lines.append(f"| {name} | {text} |")
+    wrong = {message.split(":")[0] for message in result.get("wrong", [])}
+    if names := [name for provider, _, name in PROVIDERS if provider in wrong]:
+        lines += ["", f"Not timed, as its results were wrong there: {', '.join(names)}."]
     return "\n".join(lines)
 
 
@@ -225,9 +231,10 @@ def label(provider: str, mode: str) -> str:
 
 
 def machine(result: dict[str, Any]) -> str:
-    """The processor and the number of threads."""
+    """The processor, its most important instructions and the number of threads."""
     facts = result["machine"]
-    return f"{facts['cpu']}, {facts['threads']} threads"
+    isa = [name for flag, name in ISAS if flag in facts.get("isa", [])]
+    return f"{facts['cpu']}{f' with {isa[0]}' if isa else ''}, {facts['threads']} threads"
 
 
 if __name__ == "__main__":

@@ -50,6 +50,15 @@ def test_linear_rows_keep_their_provider_mode_and_shape(tmp_path: Path) -> None:
     assert "| vLLM bf16 | 400 | - | - | - | - | - |" in lines
 
 
+def test_a_table_names_the_instructions_and_whose_results_were_wrong() -> None:
+    row = {**ROW, "provider": "vllm_bmos", "mode": "default", "M": 1, "median_us": 41.4}
+    facts = {"cpu": "Some CPU", "threads": 2, "isa": ["avx2", "avx512_vnni"]}
+    wrong = ["vllm_w8a8:w8a8 K=8 N=8 M=1: relative error 0.5", "vllm_w8a8:w8a8 K=8 N=8 M=4: too"]
+    text = tables.linear_table({"machine": facts, "rows": [row], "wrong": wrong})
+    assert "Some CPU with AVX-512, 2 threads" in text
+    assert text.endswith("Not timed, as its results were wrong there: vLLM W8A8.")
+
+
 def test_quality_rows_say_what_was_scored(tmp_path: Path) -> None:
     score = {"t.txt": {"perplexity": 30.0}}
     row = {"key": "float16", "name": "Float16", "bits": 16, "published_bits": 16}
