@@ -71,6 +71,7 @@ def tables(results: Path) -> str:
     parts = []
     for name, table in (
         ("serving", serving_table),
+        ("serving_avx2", serving_table),
         ("linear", linear_table),
         ("linear_avx2", linear_table),
         ("memory", memory_table),
