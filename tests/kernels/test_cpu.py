@@ -216,6 +216,18 @@ def test_zero_and_tiny_and_huge_activations(isa: str, mode: str) -> None:
         assert oracle.error(y, expected) < MODE_ERROR[mode]
 
 
+def test_the_largest_sums_do_not_overflow(isa: str, mode: str) -> None:
+    K = cpu.MAX_K
+    weight = torch.tensor([0, 255, 15], dtype=torch.uint8)[:, None].repeat(1, K // 8)
+    ones = torch.ones(1, 1, K)
+    layer = oracle.Layer((3,), K, weight, ones, torch.ones(1, 3), ones)
+    tensors = prepare(layer)
+    truth = torch.tensor([-K, K, 0.0])  # none, all and half of the signs are +1
+    for x in (torch.ones(1, K), torch.ones(9, K), -torch.ones(1, K)):
+        y = linear(layer, tensors, x)
+        torch.testing.assert_close(y, x[:, :1] * truth, rtol=1e-6, atol=1e-3)
+
+
 def test_float16_intermediates_do_not_overflow(isa: str) -> None:
     # x * s_in is up to 1.5 * 60000 and the sums are larger still, but y fits.
     layer = oracle.random_layer((64,), 512, 4)
