@@ -11,7 +11,7 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if __package__ in (None, ""):  # run as a file: make the repository's packages importable
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -169,24 +169,19 @@ def make_fit(plan: Plan, args: argparse.Namespace) -> "Fit":
     from converters.fitting.distill import DistillOptions
     from converters.fitting.run import Fit, FitOptions
 
-    given = {
-        "batch": args.batch,
-        "latent_lr": args.latent_lr,
-        "scale_lr": args.scale_lr,
-        "hidden": args.hidden,
-        "compile": args.compile,
-        "fsdp": args.fsdp,
-    }
-    chosen = {name: value for name, value in given.items() if value is not None}
+    def chosen(**given: Any) -> dict[str, Any]:
+        return {name: value for name, value in given.items() if value is not None}
 
+    steps = chosen(batch=args.batch, latent_lr=args.latent_lr, scale_lr=args.scale_lr)
+    ways = chosen(hidden=args.hidden, compile=args.compile, fsdp=args.fsdp)
     options = FitOptions(
         calibration=tuple(args.calibration),
         windows=args.windows,
         length=args.length,
         seed=args.seed,
         start_from=args.start_from,
-        block=BlockOptions(epochs=args.epochs),
-        distill=DistillOptions(tokens=args.tokens, **chosen),
+        block=BlockOptions(epochs=args.epochs, **steps),
+        distill=DistillOptions(tokens=args.tokens, **steps, **ways),
     )
     return Fit(plan, args.stage, options)
 

@@ -3,6 +3,7 @@ import json
 import pytest
 import torch
 
+from converters.fitting import block, distill
 from converters.hf_to_bmos import main
 from tests.converters.models import make_dense
 from tests.tiny import add_tokenizer
@@ -46,6 +47,20 @@ def test_a_fit_from_the_command_line(source, stage, capsys):
     assert "garbage" not in (target / "README.md").read_text()
     assert main(["verify", str(target), "--source", str(source)]) == 0
     assert f"were fitted by stage '{stage}'" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("stage", "module"), [("block", block), ("kd-scales", distill)])
+def test_batch_and_rates_reach_the_stage(source, monkeypatch, stage, module):
+    seen, fit = [], module.fit
+
+    def watched(*args, **kwargs):
+        seen.extend(a for a in args if isinstance(a, (block.BlockOptions, distill.DistillOptions)))
+        return fit(*args, **kwargs)
+
+    monkeypatch.setattr(module, "fit", watched)
+    flags = ("--batch", "1", "--latent-lr", "0.07", "--scale-lr", "0.003")
+    assert convert(source, "packed", "--stage", stage, *flags)[1] == 0
+    assert [(o.batch, o.latent_lr, o.scale_lr) for o in seen] == [(1, 0.07, 0.003)]
 
 
 def test_a_finished_fit_is_not_repeated(source):
