@@ -64,14 +64,16 @@ def _int8_product(size: int, device: str) -> Callable[[], torch.Tensor]:
     a = torch.randint(0, 128, (size, size), dtype=torch.int8, device=device)
     if device != "cpu" or not hasattr(torch.ops.onednn, "qlinear_prepack"):
         return lambda: torch._int_mm(a, a.T)
-    # oneDNN is twice as fast on a prepacked weight as `_int_mm`. Without AVX-512 it has a fast path
-    # to float32 only.
+    # oneDNN is twice as fast on a prepacked weight as `_int_mm`. Without VNNI it has a fast path to
+    # float32 only.
+    known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    dtype = torch.bfloat16 if known.get("avx512_vnni") else torch.float32
     weight = torch.ops.onednn.qlinear_prepack(a, [size, size])
     scales, zeros = torch.ones(size), torch.zeros(size, dtype=torch.int64)
     x, x_scale, x_zero = a.to(torch.uint8), torch.tensor(1.0), torch.tensor(0)
     return lambda: torch.ops.onednn.qlinear_pointwise(
         *(x, x_scale, x_zero, weight, scales, zeros, None),
-        *(1.0, 0, torch.float32, "none", [], ""),
+        *(1.0, 0, dtype, "none", [], ""),
     )
 
 

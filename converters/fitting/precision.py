@@ -12,7 +12,7 @@ def model_dtype() -> torch.dtype:
     """What whole models are run and trained in: bfloat16 where its products are fast, else float32.
 
     bfloat16 has float32's range. A processor without instructions for it (AVX-512 BF16, AMX, Arm's
-    BF16) takes a hundred times as long for its products as for float32's.
+    BF16) takes 6 to 140 times as long for its products as for float32's.
     """
     if has_gpu():
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
