@@ -7,8 +7,8 @@ import torch
 
 from vllm_bmos.kernels import large_pages
 
-READ_BYTES = 2**30
-MATRIX, SMALL_MATRIX = 2048, 512
+READ_BYTES = {"cpu": 2**30, "cuda": 2**32}
+MATRIX, SMALL_MATRIX = {"cpu": 2048, "cuda": 8192}, 512
 PATIENCE = 0.5  # seconds for one product; the small matrix has to do where the other takes longer
 REPEATS = 9  # the best one counts: a limit is what the machine does undisturbed
 
@@ -16,9 +16,10 @@ REPEATS = 9  # the best one counts: a limit is what the machine does undisturbed
 def measure_limits(device: str) -> dict[str, float]:
     """Memory read rate in GB/s and arithmetic rates in GFLOP/s (GOP/s for int8).
 
-    The read rate is the better of a sum and a dot product over 1 GiB; an arithmetic rate is that of
-    the vendor library's square matrix product, so neither is a data-sheet figure. The matrices are
-    of size 2048, or 512 where the library has no fast path for the dtype on this machine.
+    The read rate is the better of a sum and a dot product over 1 GiB (a GPU: 4 GiB); an arithmetic
+    rate is that of the vendor library's square matrix product, so neither is a data-sheet figure.
+    The matrices are of size 2048 (a GPU: 8192), or 512 where the library has no fast path for the
+    dtype on this machine.
     """
     return {"read_gbs": _read_rate(device), **_arithmetic_rates(device)}
 
@@ -26,15 +27,15 @@ def measure_limits(device: str) -> dict[str, float]:
 def _read_rate(device: str) -> float:
     if device == "cpu":
         # Huge pages, so that the limit is the memory's and not the TLB's.
-        values = large_pages.empty((READ_BYTES // 4,), torch.float32).fill_(1.0)
+        values = large_pages.empty((READ_BYTES[device] // 4,), torch.float32).fill_(1.0)
     else:
-        values = torch.ones(READ_BYTES // 4, dtype=torch.float32, device=device)
+        values = torch.ones(READ_BYTES[device] // 4, dtype=torch.float32, device=device)
     half = values.numel() // 2
     seconds = min(
         _best_seconds(lambda: values.sum(), device),
         _best_seconds(lambda: torch.dot(values[:half], values[half:]), device),
     )
-    return round(READ_BYTES / seconds / 1e9, 1)
+    return round(values.nbytes / seconds / 1e9, 1)
 
 
 def _arithmetic_rates(device: str) -> dict[str, float]:
@@ -49,9 +50,9 @@ def _arithmetic_rates(device: str) -> dict[str, float]:
 def _rate(product: Callable[[int], Callable[[], torch.Tensor]], device: str) -> float:
     """GFLOP/s of a product of square matrices."""
     small = _best_seconds(product(SMALL_MATRIX), device)
-    size, seconds = SMALL_MATRIX, small
-    if small * (MATRIX / SMALL_MATRIX) ** 3 < PATIENCE:
-        size, seconds = MATRIX, _best_seconds(product(MATRIX), device)
+    size, seconds, large = SMALL_MATRIX, small, MATRIX[device]
+    if small * (large / SMALL_MATRIX) ** 3 < PATIENCE:
+        size, seconds = large, _best_seconds(product(large), device)
     return round(2 * size**3 / seconds / 1e9, 1)
 
 
@@ -78,16 +79,22 @@ def _int8_product(size: int, device: str) -> Callable[[], torch.Tensor]:
 
 
 def _best_seconds(call: Callable[[], torch.Tensor], device: str) -> float:
-    def finish() -> None:
-        if device == "cuda":
-            torch.cuda.synchronize()
-
     call()
-    finish()
-    times = []
-    for _ in range(REPEATS):
-        begin = time.perf_counter()
-        call()
-        finish()
-        times.append(time.perf_counter() - begin)
-    return min(times)
+    timed = _cuda_seconds if device == "cuda" else _cpu_seconds
+    return min(timed(call) for _ in range(REPEATS))
+
+
+def _cpu_seconds(call: Callable[[], torch.Tensor]) -> float:
+    begin = time.perf_counter()
+    call()
+    return time.perf_counter() - begin
+
+
+def _cuda_seconds(call: Callable[[], torch.Tensor]) -> float:
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    begin.record()
+    call()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3

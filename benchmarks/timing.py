@@ -125,14 +125,17 @@ class CpuTimer:
 
 
 class CudaTimer:
-    """CUDA events around replays of a graph that holds the whole ring: no launch gaps.
+    """CUDA events around replays of a graph that holds the whole ring: no gaps from the host.
 
     Args:
         replays: timed replays in a round.
+        min_calls: calls in a graph at least, so that the start of a graph is nothing beside them; a
+            smaller ring is gone round several times.
     """
 
-    def __init__(self, replays: int = 5) -> None:
+    def __init__(self, replays: int = 5, min_calls: int = 64) -> None:
         self.replays = replays
+        self.min_calls = min_calls
 
     def sampler(self, ring: Ring) -> Callable[[], list[float]]:
         """See `Timer`."""
@@ -143,10 +146,11 @@ class CudaTimer:
                 call()
         stream.synchronize()
         graph = torch.cuda.CUDAGraph()
+        calls = ring.calls * -(-self.min_calls // len(ring.calls))
         with torch.cuda.graph(graph):
-            for call in ring.calls:
+            for call in calls:
                 call()
-        products = len(ring.calls) * ring.products
+        products = len(calls) * ring.products
 
         def sample() -> list[float]:
             graph.replay()
@@ -161,6 +165,38 @@ class CudaTimer:
             return samples
 
         return sample
+
+
+def plain_call_us(ring: Ring, calls: int = 64, repeats: int = 5) -> float:
+    """Microseconds of a plain call on a GPU, one after the other and no graph: median of means.
+
+    Where it is more than the graph's time, it is what Python and the driver take to launch.
+    """
+    again = ring.calls * -(-calls // len(ring.calls))
+    means = []
+    for _ in range(repeats):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        for call in again:
+            call()
+        torch.cuda.synchronize()
+        means.append((time.perf_counter() - begin) * 1e6 / len(again) / ring.products)
+    return round(statistics.median(means), 2)
+
+
+def kernels_us(ring: Ring) -> dict[str, float]:
+    """Mean microseconds of each GPU kernel in one call of the ring, by its name, gaps left out."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        for call in ring.calls:
+            call()
+        torch.cuda.synchronize()
+    return {
+        event.key: round(event.self_device_time_total / len(ring.calls) / ring.products, 3)
+        for event in profiler.key_averages()
+        if event.self_device_time_total
+    }
 
 
 def time_interleaved(

@@ -14,9 +14,10 @@ from peers.base import SCALE_DTYPE, Loaded, LoadedLayers, Mode, Peer, Weights
 from vllm_bmos.kernels import Kernel, LinearConfig, choose_kernel
 from vllm_bmos.kernels.cpu import MODE_ENV
 
-# The rounding of y is part of the error.
+# The rounding of y is part of the error; on a GPU so are those of the gates and scales, which the
+# GPU kernels round where the authors' layer does.
 EXACT_TOLERANCE = {torch.bfloat16: 1.8e-3, torch.float16: 3e-4, torch.float32: 2e-6}
-GPU_TOLERANCE = {torch.bfloat16: 4e-3, torch.float16: 1e-3, torch.float32: 1e-5}
+GPU_TOLERANCE = {torch.bfloat16: 6e-3, torch.float16: 1e-3, torch.float32: 1e-5}
 
 
 class Bmos(Peer):
