@@ -26,7 +26,8 @@ PROVIDERS = [
     ("vllm_bf16", None, "vLLM bf16"),
     ("vllm_w8a8", None, "vLLM W8A8"),
     ("vllm_w4a16", None, "vLLM W4A16"),
-    ("torch", None, "torch bf16"),
+    ("torch", "bfloat16", "torch bf16"),
+    ("torch", "float16", "torch fp16"),
     ("zentorch", None, "zentorch"),
     ("llama_cpp", "q1_0", "llama.cpp Q1_0"),
     ("llama_cpp", "tq2_0", "llama.cpp TQ2_0"),
@@ -74,6 +75,7 @@ def tables(results: Path) -> str:
         ("serving_avx2", serving_table),
         ("linear", linear_table),
         ("linear_avx2", linear_table),
+        ("linear_gpu", linear_table),
         ("memory", memory_table),
         ("draft", draft_table),
         ("quality", quality_table),
@@ -119,6 +121,7 @@ def linear_table(result: dict[str, Any]) -> str:
     """Microseconds of one linear layer with cold weights, one token and 512."""
     rows = [row for row in result["rows"] if row["weights"] == "cold"]
     columns = [(K, N, M) for M in (1, 512) for K, N in SHAPES]
+    dtype = f", {rows[0]['dtype']}" if "gpu" in result["machine"] else ""
     experts = max(row["E"] for row in rows if row["provider"] == "vllm_bmos")
     found: dict[tuple[str, str, int, int, int], float] = {}
     for row in rows:
@@ -126,7 +129,7 @@ def linear_table(result: dict[str, Any]) -> str:
             key = (row["provider"], row["mode"], row["K"], row["N"], row["M"])
             found[key] = row["median_us"]
     lines = [
-        f"One linear layer (E={experts}), median microseconds with cold weights on "
+        f"One linear layer (E={experts}{dtype}), median microseconds with cold weights on "
         f"{machine(result)}; `python benchmarks/linear.py`:",
         "",
         "| K x N, M | " + " | ".join(f"{K} x {N}, {M}" for K, N, M in columns) + " |",
@@ -232,8 +235,10 @@ def label(provider: str, mode: str) -> str:
 
 
 def machine(result: dict[str, Any]) -> str:
-    """The processor, its most important instructions and the number of threads."""
+    """The GPU; or the processor, its most important instructions and the number of threads."""
     facts = result["machine"]
+    if "gpu" in facts:
+        return str(facts["gpu"])
     isa = [name for flag, name in ISAS if flag in facts.get("isa", [])]
     return f"{facts['cpu']}{f' with {isa[0]}' if isa else ''}, {facts['threads']} threads"
 

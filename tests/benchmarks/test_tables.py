@@ -59,6 +59,15 @@ def test_a_table_names_the_instructions_and_whose_results_were_wrong() -> None:
     assert text.endswith("Not timed, as its results were wrong there: vLLM W8A8.")
 
 
+def test_a_gpu_table_names_the_gpu_and_the_dtype() -> None:
+    row = {**ROW, "dtype": "float16", "M": 512, "median_us": 41.4}
+    rows = [row | {"provider": "vllm_bmos", "mode": "default"}]
+    rows.append(row | {"provider": "torch", "mode": "float16", "median_us": 23.0})
+    text = tables.linear_table({"machine": {"gpu": "Some GPU"}, "rows": rows})
+    assert "(E=4, float16), median microseconds with cold weights on Some GPU;" in text
+    assert "| torch fp16 | - | - | - | 23 | - | - |" in text
+
+
 def test_quality_rows_say_what_was_scored(tmp_path: Path) -> None:
     score = {"t.txt": {"perplexity": 30.0}}
     row = {"key": "float16", "name": "Float16", "bits": 16, "published_bits": 16}
