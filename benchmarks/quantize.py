@@ -18,7 +18,7 @@ from baselines.sequential import BITS, PUBLISHED, Quantize, quantize_model, writ
 from harness import logger, positive_int, start, usable_cores, write_json
 
 from converters.calibration import Calibration, CalibrationError, load_texts, sample
-from converters.fitting.run import HELD_OUT, tokenizer_of
+from converters.fitting.run import FitOptions, tokenizer_of
 from converters.options import Options
 from converters.plan import Plan, make_plan
 from converters.workspace import TargetError
@@ -63,7 +63,9 @@ def quantize(args: argparse.Namespace) -> dict[str, Any]:
 def calibration(plan: Plan, args: argparse.Namespace) -> Calibration:
     """The windows that the converter's stages would fit on."""
     texts = load_texts(args.calibration)
-    return sample(texts, tokenizer_of(plan), args.windows, HELD_OUT, args.length, args.seed)
+    return sample(
+        texts, tokenizer_of(plan), args.windows, FitOptions.held_out, args.length, args.seed
+    )
 
 
 def main() -> int:

@@ -6,7 +6,8 @@ from both parts by a seed, the same number from every source, so that the mixtur
 
 import hashlib
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ MEMBER_FOLDER = "conversion/standard_cal_data"
 CACHE = Path.home() / ".cache" / "vllm-bmos"
 HELD_OUT = 0.05  # of every source, at its end
 MAX_CHARS = 200_000_000  # of one source; more is never sampled from
+PIECE = 200_000  # characters that one thread tokenizes at a time
+LINE_START = re.compile(r"\n(?= ?\S)")  # no token of a byte-level tokenizer goes across it
 
 
 class CalibrationError(ValueError):
@@ -102,7 +105,7 @@ def sample(
     for text in texts:
         cut = int(len(text.content) * (1 - HELD_OUT))
         for pool, part in zip(pools, (text.content[:cut], text.content[cut:]), strict=True):
-            tokens = tokenizer(part, add_special_tokens=False, verbose=False).input_ids
+            tokens = token_ids(tokenizer, part)
             count = len(tokens) // length
             if count == 0:
                 raise CalibrationError(
@@ -119,6 +122,23 @@ def sample(
         "seed": seed,
     }
     return Calibration(train, check, record)
+
+
+def token_ids(tokenizer: Any, text: str) -> list[int]:
+    """The tokens of a text, made from many pieces at once by as many threads as there are cores."""
+    pieces = list(_pieces(text))
+    rows = tokenizer(pieces, add_special_tokens=False, verbose=False).input_ids if pieces else []
+    return [token for row in rows for token in row]
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """A text in parts of about `PIECE` characters, cut where lines start."""
+    start = 0
+    while start < len(text):
+        cut = LINE_START.search(text, start + PIECE)
+        end = cut.end() if cut else len(text)
+        yield text[start:end]
+        start = end
 
 
 def _interleave(pools: list[torch.Tensor], count: int) -> torch.Tensor:

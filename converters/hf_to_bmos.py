@@ -173,11 +173,18 @@ def make_fit(plan: Plan, args: argparse.Namespace) -> "Fit":
         return {name: value for name, value in given.items() if value is not None}
 
     steps = chosen(batch=args.batch, latent_lr=args.latent_lr, scale_lr=args.scale_lr)
-    ways = chosen(hidden=args.hidden, compile=args.compile, fsdp=args.fsdp)
+    ways = chosen(
+        length=args.train_length,
+        hidden=args.hidden,
+        save_steps=args.save_steps,
+        compile=args.compile,
+        fsdp=args.fsdp,
+    )
     options = FitOptions(
         calibration=tuple(args.calibration),
         windows=args.windows,
         length=args.length,
+        held_out=args.held_out,
         seed=args.seed,
         start_from=args.start_from,
         block=BlockOptions(epochs=args.epochs, **steps),
@@ -249,10 +256,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     convert_.add_argument("--length", type=_positive, default=1024, help="tokens in a window")
     convert_.add_argument(
+        "--held-out", type=_positive, default=4, help="windows of held-out text to check on"
+    )
+    convert_.add_argument(
         "--tokens", type=_positive, default=250_000, help="to train on in kd-scales, qat, experts"
     )
     convert_.add_argument("--epochs", type=_positive, default=2, help="of stage block")
     convert_.add_argument("--batch", type=_positive, help="windows in one step of training")
+    convert_.add_argument(
+        "--train-length", type=_positive, help="tokens in a window of training; windows are cut"
+    )
+    convert_.add_argument(
+        "--save-steps", type=_positive, help="training steps between two resumable checkpoints"
+    )
     convert_.add_argument("--latent-lr", type=float, help="learning rate of latent signs")
     convert_.add_argument("--scale-lr", type=float, help="learning rate of scales and routers")
     convert_.add_argument(

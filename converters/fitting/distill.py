@@ -19,7 +19,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset
 
-from converters.fitting.distributed import has_gpu, is_main
+from converters.fitting.distributed import device, has_gpu, is_main
 from converters.fitting.divergence import divergence, hidden_distance
 from converters.fitting.experts import merge_where_useless, split, with_experts
 from converters.fitting.layer import layer_of
@@ -114,7 +114,7 @@ def load_student(source: Source, start: Tensors) -> Any:
     student = load_dense(source, model_dtype(), use_cache=False)
     names = module_names(student, source)
     make_student(student, {name: layer_of(start, disk) for disk, name in names.items()})
-    return student
+    return student.to(device())
 
 
 def fit(
@@ -150,7 +150,7 @@ def fit(
         torch.set_num_threads(threads)
     if not has_gpu():
         keep_freed_memory()
-    teacher = load_dense(source, model_dtype(), use_cache=False)
+    teacher = load_dense(source, model_dtype(), use_cache=False).to(device())
     student = load_student(source, with_experts(start, source.modules, 1))
     before = held_out_loss(student, teacher, held_out)
     logger.info("held-out KL before training: %.4f (both models in %s)", before, teacher.dtype)
@@ -162,7 +162,7 @@ def fit(
             f"{disk}.{suffix}": t for disk, n in names.items() for suffix, t in apart[n].items()
         }
         student = load_student(source, split_start)
-    set_router_units(student, train[:1])
+    set_router_units(student, train[:1].to(device()))
     if options.compile:
         if not has_gpu():  # compiled, it is faster forward and backward than torch's own kernel
             student.set_attn_implementation("eager")
@@ -189,11 +189,12 @@ def fit(
 def held_out_loss(student: Any, teacher: Any, windows: torch.Tensor) -> float:
     """Mean KL(teacher || student) over windows [windows, T], in nats per token."""
     student.eval()
-    losses = []
-    for window in windows.to(student.device):
-        pair = (model(window[None]).logits[0] for model in (student, teacher.to(student.device)))
-        losses.append(float(divergence(*pair)))
-    return sum(losses) / len(losses)
+    total = 0.0
+    with torch.compiler.set_stance("force_eager"):  # other shapes than training's: not worth it
+        for part in windows.to(student.device).split(8 if student.device.type == "cuda" else 1):
+            pair = (model(part).logits.flatten(0, 1) for model in (student, teacher))
+            total += len(part) * float(divergence(*pair))
+    return total / len(windows)
 
 
 def pack_student(student: Any, source: Source) -> Tensors:
@@ -230,6 +231,7 @@ def _trainer(
         save_steps=options.save_steps,
         save_total_limit=1,
         logging_strategy="no",
+        logging_nan_inf_filter=False,  # it waits for the device in every step
         max_grad_norm=1.0,
         seed=seed,
         report_to=[],
@@ -268,7 +270,7 @@ def _trainer(
         ) -> torch.Tensor:
             tokens, hidden = inputs["input_ids"], options.hidden > 0
             with torch.no_grad():
-                wanted = teacher.to(tokens.device)(tokens, output_hidden_states=hidden)
+                wanted = teacher(tokens, output_hidden_states=hidden)
             found = model(input_ids=tokens, output_hidden_states=hidden)
             q, p = (outputs.logits.flatten(0, 1) for outputs in (found, wanted))
             loss = divergence(q, p, options.compile)

@@ -18,6 +18,13 @@ def has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
+def device() -> torch.device:
+    """Where this process trains."""
+    if not has_gpu():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
 def is_main() -> bool:
     """Whether this process writes files and log lines."""
     return int(os.environ.get("RANK", "0")) == 0

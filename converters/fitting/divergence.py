@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 
-CHUNK = 8  # tokens whose logits are compared at once: vocabularies are large, caches are not
+# Tokens whose logits are compared at once. Vocabularies are large and a processor's caches are not;
+# on a GPU a chunk is a handful of launches, which should have work enough.
+CPU_CHUNK, GPU_CHUNK = 8, 2048
 
 
 def _compare(student: torch.Tensor, teacher: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -36,8 +38,9 @@ class _Divergence(torch.autograd.Function):
         gradient = torch.empty_like(student) if student.requires_grad else None
         student = student.detach()
         total = torch.zeros((), device=student.device)
-        for i in range(0, len(student), CHUNK):
-            here = slice(i, i + CHUNK)
+        chunk = GPU_CHUNK if student.is_cuda else CPU_CHUNK
+        for i in range(0, len(student), chunk):
+            here = slice(i, i + chunk)
             distance, difference = compare(student[here], teacher[here])
             total += distance
             if gradient is not None:

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 TOKENS = 16384  # of calibration text that are clustered; routers fitted to 4096 do not generalise
 ROUNDS = 20  # of k-means
-STEPS = 60  # of the regression
+STEPS = 25  # of the regression
 RIDGE = 3e-2  # of the regression, for inputs of usual size 1; less makes nearly hard gates
 
 Tensors = dict[str, torch.Tensor]
@@ -57,7 +57,7 @@ def cluster(x: torch.Tensor, E: int, generator: torch.Generator) -> torch.Tensor
     """
     x = x / x.square().mean(dim=0).sqrt().clamp_min(1e-12)
     x = nn.functional.normalize(x, dim=1)
-    centres = x[torch.randperm(len(x), generator=generator)[:E]]
+    centres = x[torch.randperm(len(x), generator=generator)[:E].to(x.device)]
     for _ in range(ROUNDS):
         nearest = (x @ centres.T).argmax(dim=1)
         sums = torch.zeros_like(centres).index_add_(0, nearest, x)
@@ -69,7 +69,7 @@ def fit_router(x: torch.Tensor, clusters: torch.Tensor, E: int) -> torch.Tensor:
     """R [E, K] whose softmax(x R^T) predicts the clusters [M] of x [M, K]."""
     unit = x.square().mean(dim=1).sqrt().median().clamp_min(1e-6)
     x = x / unit
-    R = torch.zeros(E, x.shape[1], requires_grad=True)
+    R = torch.zeros(E, x.shape[1], device=x.device, requires_grad=True)
     optimizer = torch.optim.LBFGS([R], max_iter=STEPS, line_search_fn="strong_wolfe")
 
     def loss() -> torch.Tensor:
@@ -100,7 +100,7 @@ def split(student: Any, tokens: torch.Tensor, E: int, seed: int) -> dict[str, Te
 
     def look(name: str, layer: TrainableLinear, inputs: tuple[torch.Tensor, ...]) -> None:
         if inputs[0] is not last[0]:
-            x = inputs[0].flatten(0, -2).float().cpu()
+            x = inputs[0].flatten(0, -2).float()
             generator = torch.Generator().manual_seed(seed)
             with torch.enable_grad():
                 R = fit_router(x, cluster(x, E, generator), E)
@@ -110,14 +110,15 @@ def split(student: Any, tokens: torch.Tensor, E: int, seed: int) -> dict[str, Te
         packed = layer.pack(torch.float32)
         for scale in (IN_SCALE, OUT_SCALE):
             packed[scale] = packed[scale][:1].repeat(E, 1)
-        result[name] = {**packed, ROUTER: last[1].clone()}
+        result[name] = {k: t.cpu() for k, t in {**packed, ROUTER: last[1].clone()}.items()}
 
     handles = [
         layer.register_forward_pre_hook(_bind(look, name))
         for name, layer in trainable_layers(student).items()
     ]
     with torch.no_grad():
-        student(tokens[: math.ceil(TOKENS / tokens.shape[1])])
+        windows = tokens[: math.ceil(TOKENS / tokens.shape[1])]
+        student(windows.to(next(student.parameters()).device))
     for handle in handles:
         handle.remove()
     mean = sum(entropy) / len(entropy)

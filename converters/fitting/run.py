@@ -34,7 +34,6 @@ from vllm_bmos.checkpoint.reader import Checkpoint
 logger = logging.getLogger(__name__)
 
 RESULT = "result"  # the piece of the fit folder that holds a whole stage's tensors
-HELD_OUT = 4  # windows
 DISTILLED = (distill.QAT, distill.KD_SCALES, distill.EXPERTS)
 
 Tensors = dict[str, torch.Tensor]
@@ -51,6 +50,7 @@ class FitOptions:
             lead to it are run first.
         windows: of calibration text.
         length: tokens in a window.
+        held_out: windows of held-out text to check on.
         seed: of all random choices.
         hessian: of the stage of this name.
         block: of the stage of this name.
@@ -61,6 +61,7 @@ class FitOptions:
     start_from: Path | None = None
     windows: int = 32
     length: int = 1024
+    held_out: int = 4
     seed: int = 0
     hessian: HessianOptions = field(default_factory=HessianOptions)
     block: BlockOptions = field(default_factory=BlockOptions)
@@ -165,7 +166,7 @@ class Fit:
         windows = options.windows
         if set(DISTILLED) & set(self.stages):
             windows = max(windows, options.distill.tokens // options.length)
-        return sample(texts, tokenizer, windows, HELD_OUT, options.length, options.seed)
+        return sample(texts, tokenizer, windows, options.held_out, options.length, options.seed)
 
     def run(self, target: Path, resume: bool, threads: int = 0) -> None:
         """Fit, or continue to; then `plan` can be converted.

@@ -27,7 +27,8 @@ Tensors = dict[str, torch.Tensor]
 
 def _sign(W: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """-1 or +1; latents are never exactly -0.0, which would be packed as +1."""
-    return torch.where(W >= 0, torch.ones((), dtype=dtype), -torch.ones((), dtype=dtype))
+    one = torch.ones((), dtype=dtype, device=W.device)
+    return torch.where(W >= 0, one, -one)
 
 
 class _FoldedWeight(torch.autograd.Function):
