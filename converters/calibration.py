@@ -27,7 +27,9 @@ CACHE = Path.home() / ".cache" / "vllm-bmos"
 HELD_OUT = 0.05  # of every source, at its end
 MAX_CHARS = 200_000_000  # of one source; more is never sampled from
 PIECE = 200_000  # characters that one thread tokenizes at a time
-LINE_START = re.compile(r"\n(?= ?\S)")  # no token of a byte-level tokenizer goes across it
+# Where lines begin, so that no token of a byte-level tokenizer goes across: its pattern for spaces
+# leaves the last one before a word alone, and joins a blank to that word.
+LINE_START = re.compile(r"(?=\n\S)|(?<=\n)(?= \S)")
 
 
 class CalibrationError(ValueError):
@@ -136,7 +138,7 @@ def _pieces(text: str) -> Iterator[str]:
     start = 0
     while start < len(text):
         cut = LINE_START.search(text, start + PIECE)
-        end = cut.end() if cut else len(text)
+        end = cut.start() if cut else len(text)
         yield text[start:end]
         start = end
 

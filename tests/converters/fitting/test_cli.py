@@ -63,6 +63,19 @@ def test_batch_and_rates_reach_the_stage(source, monkeypatch, stage, module):
     assert [(o.batch, o.latent_lr, o.scale_lr) for o in seen] == [(1, 0.07, 0.003)]
 
 
+def test_window_sizes_and_checkpoints_reach_the_training(source, monkeypatch):
+    seen, fit = [], distill.fit
+
+    def watched(dense, start, train, held_out, folder, options, *rest):
+        seen.append((tuple(train.shape), tuple(held_out.shape), options.save_steps))
+        return fit(dense, start, train, held_out, folder, options, *rest)
+
+    monkeypatch.setattr(distill, "fit", watched)
+    flags = ("--train-length", "32", "--held-out", "3", "--save-steps", "7")
+    assert convert(source, "packed", "--stage", "kd-scales", *flags)[1] == 0
+    assert seen == [((16, 32), (3, 64), 7)]
+
+
 def test_a_finished_fit_is_not_repeated(source):
     target, _ = convert(source, "packed", "--stage", "hessian")
     before = (target / "model.safetensors").stat()
