@@ -21,6 +21,7 @@ from converters.compare import compare
 from converters.evaluate import evaluate, router_entropy
 from converters.fitting import FITTED_STAGES, STAGES
 from converters.fitting.distributed import has_gpu, is_main, world_size
+from converters.layers_file import extract, plan_with_layers
 from converters.locked import TargetError
 from converters.model_card import README, model_card
 from converters.options import Options
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("hf_to_bmos")
 
-COMMANDS = ("convert", "verify", "inspect")
+COMMANDS = ("convert", "verify", "inspect", "extract")
 OK, BAD_INPUT, BAD_TARGET, INTERRUPTED = 0, 1, 3, 130
 EXAMPLES = """\
 examples:
@@ -45,6 +46,8 @@ examples:
   %(prog)s Llama-2-7B-BinaryMoS-E4 Llama-2-7B-bmos --resume
   %(prog)s verify Llama-2-7B-bmos --source Llama-2-7B-BinaryMoS-E4
   %(prog)s inspect Llama-2-7B-bmos --json
+  %(prog)s extract SmolLM2-135M-bmos layers.safetensors
+  %(prog)s SmolLM2-135M SmolLM2-135M-again --layers layers.safetensors
 """
 
 
@@ -60,6 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error("--fsdp: expected several processes, found one; start it with torchrun")
         if not has_gpu():
             parser.error("--fsdp: accelerate has FSDP for GPUs only, found none; leave it out")
+    if getattr(args, "layers", None) and args.stage in FITTED_STAGES:
+        parser.error(f"--layers: nothing is fitted, found --stage {args.stage}; leave one out")
     level = logging.INFO if is_main() and not args.quiet else logging.WARNING
     logging.basicConfig(level=level, stream=sys.stderr, format="%(message)s", force=True)
     logging.getLogger("httpx").setLevel(logging.WARNING)
@@ -93,7 +98,11 @@ def run_convert(args: argparse.Namespace) -> int:
         scale_dtype=args.scale_dtype,
         max_shard_size=args.max_shard_size,
     )
-    plan = make_plan(args.src, options)
+    plan = (
+        plan_with_layers(args.src, args.layers, options)
+        if args.layers
+        else make_plan(args.src, options)
+    )
     logger.info("source: %s, of kind %s", args.src, plan.source.kind)
     fit = make_fit(plan, args) if args.stage in FITTED_STAGES else None
     plan = fit.plan if fit else plan
@@ -104,7 +113,7 @@ def run_convert(args: argparse.Namespace) -> int:
         fit.run(args.dst, args.resume, args.jobs)
         if not is_main():
             return OK  # the first process of torchrun writes the result
-    elif plan.source.stage is not None:
+    elif plan.source.stage in STAGES:
         _warn_data_free(plan)
     text = args.eval_text.read_text(encoding="utf-8") if args.eval_text else None
     zeros = convert(plan, args.dst, resume=args.resume, workers=args.jobs)
@@ -112,7 +121,7 @@ def run_convert(args: argparse.Namespace) -> int:
         fit.finish(args.dst)
     print(conversion_report(plan, args.dst, zeros))
     if text is not None:
-        dense = fit.source.dense if fit else plan.source
+        dense = getattr(plan.source, "dense", plan.source)
         perplexities = evaluate(dense, args.dst, text)
         for name, value in perplexities.items():
             print(f"perplexity of the {name} model on {args.eval_text.name}: {value:.2f}")
@@ -149,6 +158,13 @@ def run_inspect(args: argparse.Namespace) -> int:
     text = args.text.read_text(encoding="utf-8") if args.text else None
     entropy = router_entropy(args.dst, text) if text else {}
     print(inspection(args.dst, as_json=args.json, entropy=entropy))
+    return OK
+
+
+def run_extract(args: argparse.Namespace) -> int:
+    """`extract DST FILE`: the packed layers alone."""
+    size = extract(args.dst, args.file)
+    print(f"{args.file}: {size / 1e6:.1f} MB; convert the dense model with --layers {args.file}")
     return OK
 
 
@@ -217,7 +233,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES + (__doc__ or "").split("\n\n", 1)[1],
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(required=True, metavar="convert|verify|inspect")
+    commands = parser.add_subparsers(required=True, metavar="|".join(COMMANDS))
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("-q", "--quiet", action="store_true", help="log warnings and errors only")
     formatter = argparse.ArgumentDefaultsHelpFormatter
@@ -250,6 +266,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="packed checkpoint of the same model that the stage starts from, instead of running "
         "the stages before it",
+    )
+    convert_.add_argument(
+        "--layers",
+        type=Path,
+        metavar="FILE",
+        help="take the packed layers from a file that `extract` wrote; nothing is fitted",
     )
     convert_.add_argument(
         "--windows", type=_positive, default=32, help="windows of calibration text"
@@ -324,6 +346,10 @@ def _parser() -> argparse.ArgumentParser:
         "--text", type=Path, metavar="FILE", help="measure the routers' entropy on this text"
     )
     inspect_.add_argument("--json", action="store_true", help="print JSON")
+    extract_ = commands.add_parser("extract", parents=[shared], formatter_class=formatter)
+    extract_.set_defaults(run=run_extract)
+    extract_.add_argument("dst", type=Path, help="packed checkpoint")
+    extract_.add_argument("file", type=Path, help="safetensors file to write")
     return parser
 
 

@@ -20,13 +20,12 @@ from converters.fitting.distributed import is_main, wait_for_all
 from converters.fitting.experts import with_experts
 from converters.fitting.folder import FitFolder
 from converters.fitting.hessian import HessianOptions
-from converters.fitting.layer import layer_of
 from converters.fitting.self_text import PREFIX as SELF
 from converters.fitting.self_text import self_text
 from converters.pipeline import check_target, is_complete
 from converters.plan import Plan
 from converters.sources import Source
-from converters.sources.base import PackedLayer
+from converters.sources.fitted import FittedSource
 from converters.workspace import check_free
 from vllm_bmos.checkpoint.format import FFN_EXPERT, MANIFEST_FILE, REQUIRED, FormatError
 from vllm_bmos.checkpoint.reader import Checkpoint
@@ -66,36 +65,6 @@ class FitOptions:
     hessian: HessianOptions = field(default_factory=HessianOptions)
     block: BlockOptions = field(default_factory=BlockOptions)
     distill: DistillOptions = field(default_factory=DistillOptions)
-
-
-class FittedSource(Source):
-    """A dense source whose layers come from a fit.
-
-    Args:
-        dense: the dense source.
-        stage: the last stage of the fit.
-
-    Attributes:
-        tensors: the fitted layers' tensors by full name; empty until the fit is done.
-    """
-
-    def __init__(self, dense: Source, stage: str) -> None:
-        self.dense, self.tensors = dense, dict[str, torch.Tensor]()
-        self.kind = dense.kind  # type: ignore[misc]
-        self.path, self.files, self.store = dense.path, dense.files, dense.store
-        self.config, self.modules = dense.config, dense.modules
-        self.experts, self.scale_dtype = dense.experts, dense.scale_dtype
-        self.license, self.output_norm = dense.license, dense.output_norm
-        self.stage = stage
-
-    @property
-    def suffixes(self) -> tuple[str, ...]:
-        """See `Source`."""
-        return self.dense.suffixes
-
-    def layer(self, module: str) -> PackedLayer:
-        """The fitted layer; it has no zeros, as its signs were chosen."""
-        return PackedLayer(layer_of(self.tensors, module), 0)
 
 
 class Fit:
