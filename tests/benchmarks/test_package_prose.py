@@ -37,12 +37,6 @@ def test_the_factbook_gives_sentences_and_no_lists() -> None:
     assert list(documents) == [[(0, LONG), (0, OTHER)]]
 
 
-def test_long_reviews_become_paragraphs() -> None:
-    long = f'"{LONG * 3}<br /><br />{OTHER * 3}",1,imdb'
-    documents = package_prose.of_reviews(f"text,label,source\n{long}\n{LONG},0,imdb\n".encode())
-    assert list(documents) == [[(0, LONG * 3), (0, OTHER * 3)]]
-
-
 def test_games_give_what_is_told() -> None:
     wesnoth = f'[part]\n  story= _ "{LONG} ""Flee!"" "\n  image="a.png"\n'.encode()
     assert list(package_prose.of_wesnoth([wesnoth])) == [f'{LONG} "Flee!" ']
