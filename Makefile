@@ -1,6 +1,7 @@
 # make setup   creates .venv with everything (the other targets do it by themselves)
-# make demo    fits a real model to 1 bit, serves it, asks it two questions, stops; with FIT=long
-#              it trains for an hour or more, with FIT=none it looks at the weights only
+# make demo    fits a real model to 1 bit, serves it, asks it two questions, stops; with FIT=shipped
+#              it takes a longer fit that is in this repository, with FIT=long it trains one for an
+#              hour or more, with FIT=none it looks at the weights only
 # make serve   the same, and leaves the server running
 # make test    the default test suite; make test-slow: the long tests
 # make test-oldest   what a vLLM can break, with the oldest one that is supported

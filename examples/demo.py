@@ -55,7 +55,14 @@ RECIPES = {
             *("--tokens", "32768", "--batch", "2", "--scale-lr", "0.015"),
         ),
         "about 5 minutes, 10 on a processor without bfloat16",
-        "The text is not meant to be good: the quick fit takes minutes. FIT=long trains longer.",
+        "The text is not meant to be good: the quick fit took minutes. FIT=shipped takes a longer\n"
+        "one that is in this repository, FIT=long trains one.",
+    ),
+    "shipped": Recipe(
+        ("--layers", str(LAYERS)),
+        "seconds",
+        "This fit was trained on 13.3 million tokens and is in this repository. Its perplexity on\n"
+        "WikiText-2 is 2.2 times the dense one: it writes sentences, and knows few facts.",
     ),
     "long": Recipe(
         ("--stage", "qat", "--experts", "1", "--tokens", "1500000", "--batch", "4", "--compile"),
