@@ -1,19 +1,9 @@
 import pytest
-import torch
 
+from tests.kernels.triton.poison import poison
 from vllm_bmos.kernels.triton import _tokens_to_try, configs, launch
 
-
-@pytest.fixture
-def poison(monkeypatch):
-    """Every new floating-point buffer starts as NaN."""
-    new_empty = torch.Tensor.new_empty
-
-    def poisoned(self, *args, **kwargs):
-        buffer = new_empty(self, *args, **kwargs)
-        return buffer.fill_(torch.nan) if buffer.is_floating_point() else buffer
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+__all__ = ["batch_invariant", "poison", "use_tile"]
 
 
 @pytest.fixture
