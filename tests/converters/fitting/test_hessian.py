@@ -153,8 +153,8 @@ def test_a_folder_that_is_in_use_is_refused(tmp_path):
 
 def test_samples_are_seeded_disjoint_and_recorded():
     class Letters:
-        def __call__(self, text, **_):
-            return type("Encoding", (), {"input_ids": [ord(c) for c in text]})
+        def __call__(self, pieces, **_):
+            return type("Encoding", (), {"input_ids": [[ord(c) for c in text] for text in pieces]})
 
     texts = [Text("a", "a" * 2000), Text("b", "".join(chr(200 + i % 50) for i in range(4000)))]
     one = sample(texts, Letters(), 10, 2, 10, seed=1)
