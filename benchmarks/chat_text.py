@@ -1,7 +1,7 @@
 """Calibration text in a chat model's own format: questions, and the answers that it gives itself.
 
-A student that is trained on prose alone forgets how to answer. These conversations are what the
-dense model would say, with its chat template around them, so that the student meets its marks:
+Prose has no questions and none of a chat template's marks. These conversations are what the dense
+model would say, with its template around them, so that the student meets both:
 
     python benchmarks/chat_text.py MODEL OUT.txt --tokens 1000000
     python converters/hf_to_bmos.py MODEL DST --stage qat --calibration OUT.txt

@@ -3,8 +3,8 @@
     python benchmarks/gpu_parts.py --json FILE
 
 Weights are cold, as in benchmarks/linear.py. "layer_us" is a call inside a CUDA graph; the kernels'
-own times are the profiler's, without the gaps between them. Kernels that are not ours are the
-vendor's GEMM.
+own times are the profiler's, without the gaps between them. Kernels that are not ours are torch's
+sum of `even_parts` or the vendor's GEMM.
 """
 
 import argparse
@@ -64,7 +64,8 @@ def measure(ring: Ring) -> dict[str, Any]:
     by_kernel: dict[str, float] = {}
     plain = plain_call_us(ring)
     for name, us in kernels_us(ring).items():
-        key = name if name in OURS else "torch's"  # the vendor GEMM, sums
+        other = "sum" if "at::native::reduce_kernel" in name else "vendor gemm"
+        key = name if name in OURS else other
         by_kernel[key] = round(by_kernel.get(key, 0.0) + us, 3)
     return {"layer_us": in_graph.median_us, "call_us": plain, "kernels_us": by_kernel}
 
