@@ -120,7 +120,10 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def bench_bmos(shape: Shape, args: argparse.Namespace, load: Load) -> dict[str, Any]:
-    """BinaryMoS served by vLLM. Memory is beside that of a tiny model, which is vLLM's own.
+    """BinaryMoS served by vLLM.
+
+    Memory is beside that of a tiny model, which is vLLM's own, when the server is ready and after
+    all requests.
 
     The first start compiles the model and fills vLLM's cache; what is measured is a start after it,
     but for the `first_` values.
@@ -138,8 +141,8 @@ def bench_bmos(shape: Shape, args: argparse.Namespace, load: Load) -> dict[str, 
     first = measure_server(model, load, [], args.work, rates=False)
     found = measure_server(model, load, [], args.work)
 
-    def beyond(ours: dict[str, Any], vllm: dict[str, Any]) -> float:
-        return round((ours["resident_bytes"] - vllm["resident_bytes"]) / 1e9, 3)
+    def beyond(ours: dict[str, Any], vllm: dict[str, Any], what: str = "resident_bytes") -> float:
+        return round((ours[what] - vllm["resident_bytes"]) / 1e9, 3)
 
     return {
         "provider": "vllm_bmos",
@@ -148,7 +151,8 @@ def bench_bmos(shape: Shape, args: argparse.Namespace, load: Load) -> dict[str, 
         "first_resident_beyond_vllm_gb": beyond(first, tiny_first),
         "resident_gb": round(found["resident_bytes"] / 1e9, 3),
         "resident_beyond_vllm_gb": beyond(found, tiny_next),
-        **{key: value for key, value in found.items() if key != "resident_bytes"},
+        "loaded_beyond_vllm_gb": beyond(found, tiny_next, "loaded_bytes"),
+        **{key: value for key, value in found.items() if not key.endswith("_bytes")},
     }
 
 

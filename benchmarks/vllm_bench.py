@@ -50,8 +50,9 @@ def measure_server(
 
     Returns:
         ready_seconds (start of the process until it answers), weights_seconds (reading and
-        re-laying the weights, from the log's whole seconds), resident_bytes, and, with
-        `rates`, decode_tokens_per_s by batch, prefill_tokens_per_s and ttft_ms.
+        re-laying the weights, from the log's whole seconds), resident_bytes when it is ready,
+        and, with `rates`, decode_tokens_per_s by batch, prefill_tokens_per_s, ttft_ms, and
+        loaded_bytes: what is resident after all those requests.
     """
     server = Server(
         model,
@@ -76,6 +77,7 @@ def measure_server(
         result["resident_bytes"] = resident_bytes(session_pids(server.process.pid))
         if rates:
             result |= _rates(model, server.url, load, work)
+            result["loaded_bytes"] = resident_bytes(session_pids(server.process.pid))
     return result
 
 

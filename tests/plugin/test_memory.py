@@ -1,13 +1,33 @@
 """A model that cannot fit is refused with numbers, before anything is allocated."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.engine.compare import vllm_answers
 from tests.tiny import make_packed
-from vllm_bmos.plugin import config
+from vllm_bmos.plugin import config, embedding
 from vllm_bmos.plugin.memory import available_bytes, check_memory
+
+# Prints how far above its start the memory of the process is: with 200 MB of blocks, after freeing
+# all but the last, which keeps the heap, and after giving back.
+FREES = """
+from pathlib import Path
+from vllm_bmos.plugin.memory import give_back_freed
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+start = resident()
+blocks = [b"x" * 100_000 for _ in range(2000)]
+print(resident() - start)
+last = blocks[-1]
+del blocks
+print(resident() - start)
+assert give_back_freed()
+print(resident() - start)
+"""
 
 
 def test_a_model_that_is_too_large_is_refused_with_both_numbers() -> None:
@@ -35,6 +55,24 @@ def test_a_container_has_what_its_limit_leaves(
 
 def test_an_unknown_system_says_nothing(tmp_path: Path) -> None:
     assert available_bytes(tmp_path) is None
+
+
+def test_freed_memory_goes_back_to_the_system() -> None:
+    """In a process of its own, as a test runner's heap is full of other things."""
+    run = subprocess.run([sys.executable, "-c", FREES], capture_output=True, text=True, check=True)
+    held, freed, given_back = map(int, run.stdout.split())
+    assert held > 150e6 and freed > held / 2
+    assert given_back < held / 4
+
+
+def test_the_first_logits_give_back_what_the_warm_up_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr(embedding, "give_back_freed", lambda: calls.append(1))
+    monkeypatch.setattr(embedding.UnquantizedEmbeddingMethod, "apply", lambda *_: "logits")
+    method, head = embedding.LeanEmbeddingMethod(), torch.nn.Module()
+    head.cpu_linear = None  # type: ignore[assignment]
+    assert [method.apply(head, torch.zeros(1)) for _ in range(3)] == ["logits"] * 3
+    assert calls == [1]
 
 
 @pytest.mark.slow

@@ -1,8 +1,9 @@
-"""vLLM's own embedding and lm_head, without the copies of them that vLLM keeps on a CPU.
+"""vLLM's own embedding and lm_head, without the memory that they and the warm-up keep on a CPU.
 
 vLLM packs the weight of every embedding layer for oneDNN, also of one that is only looked up, and
 keeps the packed weight of an lm_head beside the plain one. Beside 1-bit layers each such copy is
-a fifth of the model.
+a fifth of the model. So is what malloc keeps of the activations of vLLM's warm-up, which is as long
+as the longest step of a server; the head comes last in it, so here is where it can be given back.
 """
 
 import torch
@@ -15,12 +16,15 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 )
 from vllm.platforms import current_platform
 
+from vllm_bmos.plugin.memory import give_back_freed
+
 
 class LeanEmbeddingMethod(UnquantizedEmbeddingMethod):
     """The unquantized method, with one copy of the weight wherever one is enough."""
 
     def __init__(self) -> None:
         super().__init__()
+        self.warm = not current_platform.is_cpu()
         config = get_current_vllm_config_or_none()
         # Unknown counts as tied: then the head's weight is also the table that is looked up.
         self.tied = config is None or getattr(
@@ -39,4 +43,7 @@ class LeanEmbeddingMethod(UnquantizedEmbeddingMethod):
         if current_platform.is_cpu() and not hasattr(layer, "cpu_linear"):
             # Models without an lm_head of their own use the embedding as one.
             dispatch_cpu_unquantized_gemm(layer, remove_weight=False)
+        if not self.warm:
+            self.warm = True
+            give_back_freed()
         return super().apply(layer, x, bias)

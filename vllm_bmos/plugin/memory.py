@@ -1,11 +1,15 @@
-"""How much memory a model takes, and whether this machine has it."""
+"""How much memory a model takes, whether this machine has it, and memory that nobody needs."""
 
+import ctypes
+import logging
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from vllm_bmos.checkpoint.format import WEIGHT
+
+logger = logging.getLogger(__name__)
 
 
 def quantized_bytes(model: nn.Module) -> int:
@@ -62,3 +66,17 @@ def available_bytes(root: Path = Path("/")) -> int | None:
         counts = dict(line.split() for line in stat.read_text().splitlines())
         found.append(int(limit.read_text()) - int(counts["anon"]))
     return min(found, default=None)
+
+
+def give_back_freed() -> bool:
+    """Have malloc return what this process has freed to the system, pinned heaps included.
+
+    Returns:
+        Whether the C library can do that; glibc can.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is None:
+        logger.info("no malloc_trim; what the warm-up freed stays with this process")
+        return False
+    trim(0)
+    return True
