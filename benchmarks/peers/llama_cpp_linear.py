@@ -21,6 +21,13 @@ QUANTIZED_BLOCK = 256  # K of TQ2_0 must be a multiple of it; of Q1_0 of 128, of
 BITS = {"q1_0": 1.125, "tq2_0": 2.0625, "q4_0": 4.5}
 PRODUCTS_PER_GRAPH = 8
 OUTPUT_BYTES = 2**30  # each product of each graph has an output of its own
+WITHOUT_AMX = "-DGGML_NATIVE=OFF " + " ".join(
+    f"-DGGML_{name}=ON"
+    for name in (
+        *("AVX", "AVX2", "FMA", "F16C", "BMI2", "AVX_VNNI"),
+        *("AVX512", "AVX512_VNNI", "AVX512_VBMI", "AVX512_BF16"),
+    )
+)
 SMALL_M = 16  # above it the start of the threads is nothing beside one product
 
 
@@ -39,7 +46,11 @@ class LlamaCpp(Peer):
         command = [sys.executable, "-m", __name__]
         probe = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True)
         if probe.returncode != 0:
-            return f"its ggml crashes on this machine (exit status {probe.returncode})"
+            return (
+                f"its ggml crashes on this machine (exit status {probe.returncode}); without AMX "
+                f"it may not: CMAKE_ARGS='{WITHOUT_AMX}' pip install --force-reinstall --no-deps "
+                "--no-cache-dir llama-cpp-python"
+            )
         return None
 
     @override
