@@ -1,4 +1,4 @@
-"""A model that cannot fit is refused with numbers, before anything is allocated."""
+"""A model that cannot fit is refused with numbers; what the warm-up freed is given back."""
 
 import subprocess
 import sys
