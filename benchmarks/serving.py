@@ -69,6 +69,7 @@ def main() -> int:
     for row in bench(shape, args, load, result["missing"]):
         result["rows"].append(row)
         write_json(args.json, result)  # each row takes minutes: none is lost with the next
+    write_json(args.json, result)  # what is missing may be known only after the last row
     print_table(result["rows"])
     return 0
 

@@ -1,5 +1,7 @@
+import json
 import os
 import subprocess
+import sys
 
 import pytest
 import serving
@@ -57,3 +59,17 @@ def test_depth_is_extrapolated_linearly(monkeypatch, tmp_path):
     assert row["decode_tokens_per_s"]["4"] == pytest.approx(4 / 0.170, abs=0.01)
     assert row["prefill_tokens_per_s"] == pytest.approx(100 / 0.980, abs=0.01)
     assert row["extrapolated_from_layers"] == [2, 6]
+
+
+def test_what_turns_out_missing_after_the_last_row_is_written(monkeypatch, tmp_path):
+    def bench(shape, args, load, missing):
+        yield {"provider": "p", "mode": "m", "decode_tokens_per_s": {}, "prefill_tokens_per_s": 1.0}
+        missing["llama_cpp q4_0"] = "crashed"
+
+    monkeypatch.setattr(serving, "bench", bench)
+    monkeypatch.setattr(serving, "measure_limits", lambda device: {})
+    file = tmp_path / "serving.json"
+    arguments = ["serving.py", "--json", str(file), "--work", str(tmp_path), "--threads", "1"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    assert serving.main() == 0
+    assert json.loads(file.read_text())["missing"] == {"llama_cpp q4_0": "crashed"}
