@@ -37,7 +37,7 @@ struct Own {
     uint8_t* B;     // [kSlice/64, 2, 16, 64]
     int32_t* sums;  // [kMaxRows/16, 16, kBlock]
     char* state;
-    BlockScales scales;
+    UnitScales scales;
 
     Own(const Call& c, Arena& arena)
         : x(arena.take<float>(kTokens * row_size(c) + kHalfPage)),
@@ -72,15 +72,18 @@ public:
         for (int64_t m0 = 0; m0 < c.M; m0 += tokens) {
             const int64_t M = std::min(tokens, c.M - m0);
             for (int64_t s = 0; s < h.S; ++s) {
+                const Range blocks = team.part(blocks_of(h.shard_sizes[s]));
+                if (blocks.first < blocks.last) fetch_block(s, blocks.first);
                 const Range some = team.part(M, kTokens);
                 for (int64_t m = some.first; m < some.last; m += kTokens) {
                     quantize(s, m0, m, int(std::min<int64_t>(kTokens, some.last - m)), own);
                 }
                 if (some.first < some.last && some.last == M) clear_rows(M);
                 team.wait();
-                const Range blocks = team.part(blocks_of(h.shard_sizes[s]));
                 c.f.begin(own.state);
-                for (int64_t b = blocks.first; b < blocks.last; ++b) multiply(s, b, m0, M, own);
+                for (int64_t b = blocks.first; b < blocks.last; b += kUnit) {
+                    multiply_unit(s, b, blocks.last, m0, M, own);
+                }
                 c.f.end(own.state);
                 team.wait();
             }
@@ -148,29 +151,44 @@ private:
         }
     }
 
-    // Block b of shard s for the M tokens from m0 on.
-    void multiply(int64_t s, int64_t b, int64_t m0, int64_t M, const Own& own) const {
-        const int64_t column = h.column_of(s) + b * kBlock;
-        const int n = int(std::min<int64_t>(kBlock, h.shard_sizes[s] - b * kBlock));
-        own.scales.read(c, column, n);
-        if (n == kBlock) {
-            const int64_t rest = h.shard_sizes[s] - (b + 1) * kBlock;
-            BlockScales::fetch_soon(c, column + kBlock, std::min<int64_t>(kBlock, rest));
+    void fetch_block(int64_t s, int64_t b) const {
+        fetch(h.words_of(s) + b * Kp, Kp * sizeof(uint32_t));
+    }
+
+    // Blocks `first` to `last`, kUnit of them at most, of shard s for the M tokens from m0 on.
+    void multiply_unit(int64_t s, int64_t first, int64_t last, int64_t m0, int64_t M,
+                       const Own& own) const {
+        constexpr int64_t unit = kUnit * kBlock;
+        const int64_t column = h.column_of(s) + first * kBlock;
+        const int64_t rest = h.shard_sizes[s] - first * kBlock;
+        own.scales.read(c, column, int(std::min(rest, unit)));
+        if (rest > unit) UnitScales::fetch_soon(c, column + unit, std::min(rest - unit, unit));
+        for (int64_t i = 0; i < kUnit && first + i < last; ++i) {
+            const int n = int(std::min<int64_t>(kBlock, rest - i * kBlock));
+            multiply(s, first + i, first + i + 1 < last, m0, M, column, i * kBlock, n, own);
         }
+    }
+
+    // Block b of shard s: the n outputs from column + at on, whose scales are own.scales' from `at`
+    // on. The next block is fetched meanwhile if `fetch_next`: the processor's own prefetcher stops
+    // at each page's end, and would wait for the memory there.
+    void multiply(int64_t s, int64_t b, bool fetch_next, int64_t m0, int64_t M, int64_t column,
+                  int64_t at, int n, const Own& own) const {
         const uint32_t* words = h.words_of(s) + b * Kp;
         const int tiles = int((M + kTile - 1) / kTile * h.planes);
         for (int64_t k = 0; k < Kp; k += kSlice) {
             const int64_t width = std::min(kSlice, Kp - k);
             c.f.expand(words + k, width, own.B);
             c.f.gemm(A + k * kTile, kTile * Kp, tiles, int(std::min<int64_t>(kTile, M)), width,
-                     own.B, own.sums, k > 0);
+                     own.B, own.sums, k > 0, fetch_next ? words + Kp + k : nullptr);
         }
         constexpr int64_t tile_sums = kTile * kBlock;
-        for (int64_t m = 0; m < M; ++m) {
-            const int32_t* sums = own.sums + m / kTile * h.planes * tile_sums + m % kTile * kBlock;
-            c.f.finish(sums, tile_sums, h.planes, plane_sums + m * h.planes, units[m], G + m * h.E,
-                       h.E, own.scales.s_out(), own.scales.bias(), n, c.y_at(m0 + m, column),
-                       c.x_dtype);
+        for (int64_t m = 0; m < M; m += kTile) {
+            c.f.finish({own.sums + m / kTile * h.planes * tile_sums, tile_sums, h.planes,
+                        plane_sums + m * h.planes},
+                       own.scales.from(at, units + m, G + m * h.E),
+                       int(std::min<int64_t>(kTile, M - m)), n, c.y_at(m0 + m, column + at),
+                       c.N * bytes_of(c.x_dtype), c.x_dtype);
         }
     }
 };

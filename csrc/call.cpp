@@ -85,24 +85,35 @@ Grid::Grid(int32_t max_bits, int planes) {
     inverse = mode_limit(planes) / most;
 }
 
-BlockScales::BlockScales(const Call& call, Arena& arena)
-    : s_out_(arena.take<float>(call.h.E * kBlock)),
-      bias_(call.bias ? arena.take<float>(kBlock) : nullptr) {}
+namespace {
 
-void BlockScales::fetch_soon(const Call& call, int64_t column, int64_t n) {
+constexpr int kWidth = kUnit * kBlock;
+
+}  // namespace
+
+UnitScales::UnitScales(const Call& call, Arena& arena)
+    : E_(call.h.E),
+      s_out_(arena.take<float>(E_ * kWidth)),
+      bias_(call.bias ? arena.take<float>(kWidth) : nullptr) {}
+
+void UnitScales::fetch_soon(const Call& call, int64_t column, int64_t n) {
     for (int64_t e = 0; e < call.h.E; ++e) {
         fetch(call.scale_at(call.s_out, e * call.N + column), n * bytes_of(call.h.scale_dtype));
     }
 }
 
-void BlockScales::read(const Call& call, int64_t column, int n) const {
-    for (int64_t e = 0; e < call.h.E; ++e) {
+void UnitScales::read(const Call& call, int64_t column, int n) const {
+    for (int64_t e = 0; e < E_; ++e) {
         call.f.to_float(call.scale_at(call.s_out, e * call.N + column), call.h.scale_dtype, n,
-                        kBlock, s_out_ + e * kBlock);
+                        kWidth, s_out_ + e * kWidth);
     }
     if (!call.bias) return;
-    call.f.to_float(call.bias + column * bytes_of(call.bias_dtype), call.bias_dtype, n, kBlock,
+    call.f.to_float(call.bias + column * bytes_of(call.bias_dtype), call.bias_dtype, n, kWidth,
                     bias_);
+}
+
+OutScales UnitScales::from(int64_t at, const float* unit, const float* G) const {
+    return {unit, G, E_, s_out_ + at, kWidth, bias_ ? bias_ + at : nullptr};
 }
 
 }  // namespace bmos

@@ -67,18 +67,19 @@ struct Grid {
     bool finite() const { return unit == unit; }
 };
 
-// s_out[E][32] and bias[32] of one block of outputs, in fp32.
-class BlockScales {
+// s_out[E][kUnit * kBlock] and the bias of a unit of blocks, in fp32.
+class UnitScales {
 public:
-    BlockScales(const Call& call, Arena& arena);
+    UnitScales(const Call& call, Arena& arena);
     // Fetch s_out of the `n` outputs from `column` on.
     static void fetch_soon(const Call& call, int64_t column, int64_t n);
     // Of the `n` outputs from `column` on.
     void read(const Call& call, int64_t column, int n) const;
-    const float* s_out() const { return s_out_; }
-    const float* bias() const { return bias_; }  // null without one
+    // From output `at` of the unit on, for tokens with these units and gates.
+    OutScales from(int64_t at, const float* unit, const float* G) const;
 
 private:
+    int64_t E_;
     float *s_out_, *bias_;
 };
 

@@ -48,6 +48,36 @@ struct Tables {
 enum class Part { whole, lower, upper };  // q = (upper << kPartBits) + lower
 constexpr int kPartBits = 15;
 
+// What gemv fetches into the cache while it works: the memory must not wait for the look-ups.
+struct Ahead {
+    const uint32_t* next;  // the words that are looked up next
+    // Of the words from `part` on, so many cache lines for each 32 columns: the tokens that share a
+    // unit of blocks fetch the one after it together.
+    const uint32_t* part;
+    int lines;
+};
+
+// The sums over K that Kernels::finish is given, C[T][kBlock] of T tokens or C[1][n] of one. For
+// planes > 0, total is the sum over p of (2 * C[p * plane_stride] - sums[t, p]) << 8 * p. Else it
+// is C, for planes = kTwoParts plus C[plane_stride] << kPartBits.
+struct Totals {
+    const int32_t* C;
+    int64_t plane_stride;
+    int planes;
+    const int32_t* sums;
+};
+constexpr int kTwoParts = -2;
+
+// What it multiplies them by. C, s_out and bias are there up to a multiple of 16.
+struct OutScales {
+    const float* unit;   // [T]
+    const float* G;      // [T, E]
+    int64_t E;
+    const float* s_out;  // [E], lds apart
+    int64_t lds;
+    const float* bias;   // null without one
+};
+
 struct Kernels {
     const char* name;
     // Up to this many tokens, by the number of planes, tables are faster than the matrix product.
@@ -76,9 +106,8 @@ struct Kernels {
                    const uint32_t* next);
 
     // total[blocks][32]: the sum of +-q << shift over K, of `blocks` <= kUnit blocks of rows.
-    // As many blocks at `next` are fetched into the cache meanwhile.
-    void (*gemv)(const uint32_t* words, int blocks, int64_t Kpad, Tables tables,
-                 const uint32_t* next, int32_t* total);
+    void (*gemv)(const uint32_t* words, int blocks, int64_t Kpad, Tables tables, Ahead ahead,
+                 int32_t* total);
 
     // Quantize t[Kpad] into `planes` planes of signed bytes, plane p at A + p * stride:
     //     A[Kpad/64][16][64], of which this is one row (A points at it)
@@ -91,19 +120,17 @@ struct Kernels {
     void (*expand)(const uint32_t* words, int64_t width, uint8_t* B);
 
     // C[tiles][16][32] = or += A[tiles][width/64][16][64] @ B. Tile i of A is at A + i * stride.
-    // Only `rows` rows of a tile are needed; the others are there.
+    // Only `rows` rows of a tile are needed; the others are there. `width` words of 32 bits at
+    // `next` are fetched into the cache meanwhile, if it is not null.
     void (*gemm)(const int8_t* A, int64_t stride, int tiles, int rows, int64_t width,
-                 const uint8_t* B, int32_t* C, bool add);
+                 const uint8_t* B, int32_t* C, bool add, const uint32_t* next);
     // What a thread does before its first and after its last gemm.
     void (*begin)(void* state);
     void (*end)(void* state);
 
-    // y[n] = (total * unit) * (sum_e G[e] * s_out[e][32]) + bias; n <= 32, bias may be null.
-    // For planes > 0, total is the sum over p of (2 * C[p * plane_stride] - sums[p]) << 8 * p. Else
-    // it is C, for planes = kTwoParts plus C[plane_stride] << kPartBits.
-    void (*finish)(const int32_t* C, int64_t plane_stride, int planes, const int32_t* sums,
-                   float unit, const float* G, int64_t E, const float* s_out, const float* bias,
-                   int n, void* y, int dtype);
+    // y[t, n] = (total * unit[t]) * (sum_e G[t, e] * s_out[e, n]) + bias[n] for T tokens. Rows of
+    // y are ldy bytes apart.
+    void (*finish)(Totals totals, OutScales scales, int T, int n, void* y, int64_t ldy, int dtype);
 };
 
 extern const Kernels portable_kernels;
@@ -113,8 +140,6 @@ extern const Kernels amx_parts;  // gemm, begin and end; the rest is that of AVX
 
 // Bytes that Kernels::begin may keep until Kernels::end.
 constexpr int kStateBytes = 64;
-
-constexpr int kTwoParts = -2;  // see Kernels::finish
 
 // The largest quantized value of a mode, which its balanced base-256 digits can hold, and parts of
 // kPartBits and 16 bits.

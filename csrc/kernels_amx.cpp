@@ -40,9 +40,23 @@ void end(void* state) {
 constexpr int kStride = kBlock * sizeof(int32_t);
 constexpr int kTileSums = 16 * kBlock;
 
+// The cache lines that are fetched in each step of 64 columns. The words of 64 columns of a block
+// have kLines; all of a slice at once would keep the tiles' own loads waiting.
+struct NextLines {
+    const uint32_t* part;
+    int lines;
+
+    void fetch() {
+        for (int i = 0; i < lines; ++i, part += 16) {
+            _mm_prefetch(reinterpret_cast<const char*>(part), _MM_HINT_T1);
+        }
+    }
+};
+constexpr int kLines = kBlock * 64 / 8 / 64;
+
 // Two tiles of activations by two of weights.
 void gemm_two(const int8_t* A, int64_t stride, int64_t width, const uint8_t* B, int32_t* C,
-              bool add) {
+              bool add, NextLines next) {
     if (add) {
         _tile_loadd(0, C, kStride);
         _tile_loadd(1, C + 16, kStride);
@@ -55,6 +69,7 @@ void gemm_two(const int8_t* A, int64_t stride, int64_t width, const uint8_t* B, 
         _tile_zero(3);
     }
     for (int64_t k = 0; k < width; k += 64) {
+        next.fetch();
         _tile_loadd(6, B, 64);
         _tile_loadd(4, A, 64);
         _tile_loadd(5, A + stride, 64);
@@ -72,7 +87,8 @@ void gemm_two(const int8_t* A, int64_t stride, int64_t width, const uint8_t* B, 
     _tile_stored(3, C + kTileSums + 16, kStride);
 }
 
-void gemm_one(const int8_t* A, int64_t width, const uint8_t* B, int32_t* C, bool add) {
+void gemm_one(const int8_t* A, int64_t width, const uint8_t* B, int32_t* C, bool add,
+              NextLines next) {
     if (add) {
         _tile_loadd(0, C, kStride);
         _tile_loadd(1, C + 16, kStride);
@@ -81,6 +97,7 @@ void gemm_one(const int8_t* A, int64_t width, const uint8_t* B, int32_t* C, bool
         _tile_zero(1);
     }
     for (int64_t k = 0; k < width; k += 64) {
+        next.fetch();
         _tile_loadd(4, A, 64);
         _tile_loadd(6, B, 64);
         _tile_loadd(7, B + 1024, 64);
@@ -94,18 +111,27 @@ void gemm_one(const int8_t* A, int64_t width, const uint8_t* B, int32_t* C, bool
 }
 
 void gemm(const int8_t* A, int64_t stride, int tiles, int, int64_t width, const uint8_t* B,
-          int32_t* C, bool add) {
-    for (; tiles >= 2; tiles -= 2) {
-        gemm_two(A, stride, width, B, C, add);
+          int32_t* C, bool add, const uint32_t* next) {
+    const int steps = (tiles + 1) / 2;
+    const int lines = (kLines + steps - 1) / steps;
+    int left = next ? kLines : 0;
+    for (; tiles > 0; tiles -= 2) {
+        const NextLines here = {next, left < lines ? left : lines};
+        left -= here.lines;
+        next += width / 64 * here.lines * 16;
+        if (tiles > 1) {
+            gemm_two(A, stride, width, B, C, add, here);
+        } else {
+            gemm_one(A, width, B, C, add, here);
+        }
         A += 2 * stride;
         C += 2 * kTileSums;
     }
-    if (tiles) gemm_one(A, width, B, C, add);
 }
 
 }  // namespace bmos::amx
 
 const bmos::Kernels bmos::amx_parts = {
-    "amx",   {0, 4, 7, 0, 0}, false,     0,          nullptr,  nullptr, nullptr, nullptr,
+    "amx",   {0, 4, 5, 0, 0}, false,     0,          nullptr,  nullptr, nullptr, nullptr,
     nullptr, nullptr,         nullptr,   amx::gemm,  amx::begin, amx::end, nullptr,
 };

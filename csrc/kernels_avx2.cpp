@@ -183,7 +183,7 @@ void look_up(const uint8_t* bytes, int64_t width, const uint8_t* tables, const u
     if (kPlanes == 3) upper.add_to(total, 12);
 }
 
-void gemv(const uint32_t* words, int blocks, int64_t Kpad, Tables tables, const uint32_t* next,
+void gemv(const uint32_t* words, int blocks, int64_t Kpad, Tables tables, Ahead ahead,
           int32_t* total) {
     uint32_t sums[kUnit * kBlock] = {};
     const auto bytes_at = [&](int block, int64_t k) {
@@ -194,7 +194,7 @@ void gemv(const uint32_t* words, int blocks, int64_t Kpad, Tables tables, const 
         for (int block = 0; block < blocks; ++block) {
             const uint8_t* then = block + 1 < blocks ? bytes_at(block + 1, k)
                                   : k + width < Kpad ? bytes_at(0, k + width)
-                                                     : reinterpret_cast<const uint8_t*>(next);
+                                                     : reinterpret_cast<const uint8_t*>(ahead.next);
             const auto add = tables.factor[1] ? look_up<3> : look_up<2>;
             add(bytes_at(block, k), width, tables.sums + k / 16 * kGroupBytes, then,
                 sums + block * kBlock);

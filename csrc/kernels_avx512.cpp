@@ -77,9 +77,8 @@ constexpr int64_t kAhead = 16;
 // Z registers of 16 rows of the layer: look up the sums of four weights, a nibble of every byte at
 // a time, and add the four of a dword, times their factors. Lower bytes are unsigned and uppers
 // signed, as vpdpbusd has them on its two sides.
-template <int Z>
-void gemv_of(const uint32_t* words, int64_t Kpad, Tables tables, const uint32_t* next,
-             int32_t* total) {
+template <int Z, bool kShared>
+void gemv_of(const uint32_t* words, int64_t Kpad, Tables tables, Ahead ahead, int32_t* total) {
     const int64_t block = Kpad;  // dwords
     const I nibble = _mm512_set1_epi8(15), table = _mm512_set1_epi32(0x30201000);
     const uint8_t* sums = tables.sums;
@@ -93,13 +92,17 @@ void gemv_of(const uint32_t* words, int64_t Kpad, Tables tables, const uint32_t*
         // A byte each for the two groups of 16.
         const I factor = _mm512_set1_epi32(tables.factor[2 * k] * 0x101 +
                                            tables.factor[2 * k + 1] * 0x1010000);
-        const uint32_t* ahead = k + kAhead < Kpad / 32 ? words + kAhead * kBlock
-                                                       : next + (k + kAhead - Kpad / 32) * kBlock;
+        const uint32_t* soon = k + kAhead < Kpad / 32
+                                   ? words + kAhead * kBlock
+                                   : ahead.next + (k + kAhead - Kpad / 32) * kBlock;
 #pragma GCC unroll 8
         for (int z = 0; z < Z; ++z) {
             const I w = _mm512_loadu_si512(words + z / 2 * block + z % 2 * 16);
-            _mm_prefetch(reinterpret_cast<const char*>(ahead + z / 2 * block + z % 2 * 16),
+            _mm_prefetch(reinterpret_cast<const char*>(soon + z / 2 * block + z % 2 * 16),
                          _MM_HINT_T0);
+            if (kShared && z < ahead.lines) {
+                _mm_prefetch(reinterpret_cast<const char*>(ahead.part + z * 16), _MM_HINT_T1);
+            }
             // (w & nibble) | table
             const I low = _mm512_ternarylogic_epi32(w, nibble, table, 0xea);
             const I high =
@@ -110,6 +113,7 @@ void gemv_of(const uint32_t* words, int64_t Kpad, Tables tables, const uint32_t*
             add_selected(upper[z], factor, _mm512_permutexvar_epi8(high, high1));
         }
         words += kBlock;
+        ahead.part += ahead.lines * 16;
     }
 #pragma GCC unroll 8
     for (int z = 0; z < Z; ++z) {
@@ -118,12 +122,19 @@ void gemv_of(const uint32_t* words, int64_t Kpad, Tables tables, const uint32_t*
     }
 }
 
-void gemv(const uint32_t* words, int blocks, int64_t Kpad, Tables tables,
-          const uint32_t* next, int32_t* total) {
-    if (blocks == 4) return gemv_of<8>(words, Kpad, tables, next, total);
-    if (blocks == 3) return gemv_of<6>(words, Kpad, tables, next, total);
-    if (blocks == 2) return gemv_of<4>(words, Kpad, tables, next, total);
-    gemv_of<2>(words, Kpad, tables, next, total);
+template <bool kShared>
+void gemv_as(const uint32_t* words, int blocks, int64_t Kpad, Tables tables, Ahead ahead,
+             int32_t* total) {
+    if (blocks == 4) return gemv_of<8, kShared>(words, Kpad, tables, ahead, total);
+    if (blocks == 3) return gemv_of<6, kShared>(words, Kpad, tables, ahead, total);
+    if (blocks == 2) return gemv_of<4, kShared>(words, Kpad, tables, ahead, total);
+    gemv_of<2, kShared>(words, Kpad, tables, ahead, total);
+}
+
+void gemv(const uint32_t* words, int blocks, int64_t Kpad, Tables tables, Ahead ahead,
+          int32_t* total) {
+    if (ahead.lines) return gemv_as<true>(words, blocks, Kpad, tables, ahead, total);
+    gemv_as<false>(words, blocks, Kpad, tables, ahead, total);
 }
 
 // Byte p of the sixteen integers, as sixteen bytes.
@@ -209,7 +220,10 @@ void gemm_rows(const int8_t* A, int64_t width, const uint8_t* B, int32_t* C, boo
 }
 
 void gemm(const int8_t* A, int64_t stride, int tiles, int rows, int64_t width, const uint8_t* B,
-          int32_t* C, bool add) {
+          int32_t* C, bool add, const uint32_t* next) {
+    for (int64_t k = 0; next && k < width; k += 16) {
+        _mm_prefetch(reinterpret_cast<const char*>(next + k), _MM_HINT_T1);
+    }
     for (int tile = 0; tile < tiles; ++tile) {
         for (int r = 0; r < rows; r += 8) {
             const int8_t* a = A + r * kRow;

@@ -29,7 +29,7 @@ void tables(const float* t, int64_t Kpad, float inverse, Part, Tables tables, co
     }
 }
 
-void gemv(const uint32_t* words, int blocks, int64_t Kpad, Tables tables, const uint32_t*,
+void gemv(const uint32_t* words, int blocks, int64_t Kpad, Tables tables, Ahead,
           int32_t* total) {
     for (int block = 0; block < blocks; ++block, total += kBlock) {
         for (int row = 0; row < kBlock; ++row) total[row] = 0;
@@ -80,7 +80,7 @@ void expand(const uint32_t* words, int64_t width, uint8_t* B) {
 }
 
 void gemm(const int8_t* A, int64_t stride, int tiles, int rows, int64_t width, const uint8_t* B,
-          int32_t* C, bool add) {
+          int32_t* C, bool add, const uint32_t*) {
     for (int tile = 0; tile < tiles; ++tile, A += stride) {
         for (int r = 0; r < kTile; ++r, C += kBlock) {
             if (r >= rows) continue;

@@ -163,45 +163,65 @@ inline I quantize(const float* t, float inverse, int planes) {
     return shift_left(round(mul(v, set(kDown[shift]))), shift);
 }
 
-inline V total_of(const int32_t* C, int64_t plane_stride, int planes, const int32_t* sums) {
-    if (planes == 0) return to_float(load(C));
-    if (planes == 1 || planes == 2) {
-        I all = sub(shift_left(load(C), 1), set(sums[0]));
-        if (planes == 2) {
-            const I high = sub(shift_left(load(C + plane_stride), 1), set(sums[1]));
-            all = add(all, shift_left(high, 8));
+// Sixteen totals from C on.
+inline V total_of(const int32_t* C, const int32_t* sums, const Totals& all) {
+    if (all.planes == 0) return to_float(load(C));
+    if (all.planes == 1 || all.planes == 2) {
+        I total = sub(shift_left(load(C), 1), set(sums[0]));
+        if (all.planes == 2) {
+            const I high = sub(shift_left(load(C + all.plane_stride), 1), set(sums[1]));
+            total = add(total, shift_left(high, 8));
         }
-        return to_float(all);
+        return to_float(total);
     }
     float total[16];
     for (int i = 0; i < 16; ++i) {
-        int64_t sum = planes == kTwoParts ? (int64_t(C[plane_stride + i]) << kPartBits) + C[i] : 0;
-        for (int p = planes - 1; p >= 0; --p) {
-            sum = sum * 256 + 2 * int64_t(C[p * plane_stride + i]) - sums[p];
+        int64_t sum = 0;
+        if (all.planes == kTwoParts) sum = (int64_t(C[all.plane_stride + i]) << kPartBits) + C[i];
+        for (int p = all.planes - 1; p >= 0; --p) {
+            sum = sum * 256 + 2 * int64_t(C[p * all.plane_stride + i]) - sums[p];
         }
         total[i] = float(sum);
     }
     return load(total);
 }
 
-void finish(const int32_t* C, int64_t plane_stride, int planes, const int32_t* sums, float unit,
-            const float* G, int64_t E, const float* s_out, const float* bias, int n, void* y,
-            int dtype) {
-    for (int i = 0; i < n; i += 16) {
-        V scale = mul(set(G[0]), load(s_out + i));
-        for (int64_t e = 1; e < E; ++e) {
-            scale = fma(set(G[e]), load(s_out + e * kBlock + i), scale);
-        }
-        V out = mul(mul(total_of(C + i, plane_stride, planes, sums), set(unit)), scale);
-        if (bias) out = add(out, load(bias + i));
-        const int size = dtype == BMOS_F32 ? 4 : 2;
-        char* to = static_cast<char*>(y) + i * size;
+// Sixteen outputs from i on, of which n - i are wanted, of T tokens. The scales of kE experts stay
+// in registers; kE = 0 is any number of experts.
+template <int kE>
+void finish_columns(const Totals& totals, const OutScales& scales, int T, int i, int n, char* y,
+                    int64_t ldy, int dtype) {
+    const auto s_out = [&](int64_t e) { return load(scales.s_out + e * scales.lds + i); };
+    V kept[kE ? kE : 1];
+#pragma GCC unroll 4
+    for (int e = 0; e < kE; ++e) kept[e] = s_out(e);
+    const int size = dtype == BMOS_F32 ? 4 : 2;
+    for (int t = 0; t < T; ++t) {
+        const float* G = scales.G + t * scales.E;
+        V scale = mul(set(G[0]), kE ? kept[0] : s_out(0));
+#pragma GCC unroll 4
+        for (int e = 1; e < kE; ++e) scale = fma(set(G[e]), kept[e], scale);
+        for (int64_t e = 1; kE == 0 && e < scales.E; ++e) scale = fma(set(G[e]), s_out(e), scale);
+        const int32_t* sums = totals.planes > 0 ? totals.sums + t * totals.planes : nullptr;
+        const V total = total_of(totals.C + t * kBlock + i, sums, totals);
+        V out = mul(mul(total, set(scales.unit[t])), scale);
+        if (scales.bias) out = add(out, load(scales.bias + i));
+        char* to = y + t * ldy + i * size;
         alignas(64) char some[64];
         char* whole = n - i >= 16 ? to : some;
         if (dtype == BMOS_F32) store(reinterpret_cast<float*>(whole), out);
         if (dtype == BMOS_F16) store_f16(reinterpret_cast<uint16_t*>(whole), out);
         if (dtype == BMOS_BF16) store_bf16(reinterpret_cast<uint16_t*>(whole), out);
         if (whole == some) memcpy(to, some, (n - i) * size);
+    }
+}
+
+void finish(Totals totals, OutScales scales, int T, int n, void* y, int64_t ldy, int dtype) {
+    const auto columns = scales.E == 4   ? finish_columns<4>
+                         : scales.E == 1 ? finish_columns<1>
+                                         : finish_columns<0>;
+    for (int i = 0; i < n; i += 16) {
+        columns(totals, scales, T, i, n, static_cast<char*>(y), ldy, dtype);
     }
 }
 

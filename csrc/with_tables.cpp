@@ -21,16 +21,14 @@ struct Own {
     int32_t* totals;  // [parts, kUnit, kBlock]
     Grid* grids;      // [M]
     Tables tables;    // [parts], of one token
-    BlockScales scales[kUnit];
+    UnitScales scales;
 
     Own(const Call& c, Arena& arena)
         : G(arena.take<float>(c.M * c.h.S * c.h.E)),
           totals(arena.take<int32_t>(parts_of(c) * kUnit * kBlock)),
           grids(arena.take<Grid>(c.M)),
           tables(take_tables(arena, c)),
-          scales{{c, arena}, {c, arena}, {c, arena}, {c, arena}} {
-        static_assert(kUnit == 4, "one BlockScales for each block");
-    }
+          scales(c, arena) {}
 
     static Tables take_tables(Arena& arena, const Call& c) {
         const int parts = parts_of(c);
@@ -71,15 +69,16 @@ public:
         mix_experts(own);
         scale_x(items, own);
         team.wait();
+        int64_t blocks = 0;
+        for (int64_t s = 0; s < h.S; ++s) blocks += blocks_of(h.shard_sizes[s]);
         if (c.M > 1) {
             const Range rows = team.part(c.M * h.S);
+            const uint32_t* first = h.words_of(0) + team.part(blocks).first * Kp;
             for (int64_t row = rows.first; row < rows.last; ++row) {
-                tabulate(row, shared_tables(row), h.words_of(0));
+                tabulate(row, shared_tables(row), first);
             }
             team.wait();
         }
-        int64_t blocks = 0;
-        for (int64_t s = 0; s < h.S; ++s) blocks += blocks_of(h.shard_sizes[s]);
         each_shard(h, team.part(blocks), [&](int64_t s, int64_t first, int64_t last) {
             multiply(s, first, last, own);
         });
@@ -154,8 +153,8 @@ private:
     // The out-scales of a unit of blocks.
     void fetch_scales(int64_t s, int64_t block) const {
         const int64_t n = block * kBlock;
-        BlockScales::fetch_soon(c, h.column_of(s) + n,
-                                std::min<int64_t>(kUnit * kBlock, h.shard_sizes[s] - n));
+        UnitScales::fetch_soon(c, h.column_of(s) + n,
+                              std::min<int64_t>(kUnit * kBlock, h.shard_sizes[s] - n));
     }
 
     // A row is m * S + s.
@@ -178,6 +177,17 @@ private:
         }
     }
 
+    // What token m fetches while it looks up a part of `unit`. Another unit follows if `more`.
+    Ahead ahead_of(const uint32_t* unit, bool more, int64_t m, bool last_part) const {
+        const uint32_t* next = unit + kUnit * Kp;
+        const uint32_t* then = more && m == c.M - 1 && last_part ? next : unit;
+        const int64_t lines = (kUnit * kBlock / 16 + c.M - 1) / c.M;  // of 16 dwords
+        const int64_t at = m * lines * 16 * (Kp / 32);
+        // Two tokens would each have to fetch more than the look-ups leave time for.
+        const bool shared = c.M > 2 && more && at < kUnit * Kp;
+        return {then, next + at, shared ? int(lines) : 0};
+    }
+
     // y of the blocks first to last of shard s.
     void multiply(int64_t s, int64_t first, int64_t last, const Own& own) const {
         const int64_t N = h.shard_sizes[s], start = h.column_of(s);
@@ -188,33 +198,26 @@ private:
         for (int64_t block = first; block < last; block += kUnit) {
             const int count = int(std::min<int64_t>(kUnit, last - block));
             if (block + kUnit < last) fetch_scales(s, block + kUnit);
-            for (int i = 0; i < count; ++i) {
-                const int64_t n = (block + i) * kBlock;
-                own.scales[i].read(c, start + n, int(std::min<int64_t>(kBlock, N - n)));
-            }
+            const int64_t column = start + block * kBlock;
+            const int n = int(std::min<int64_t>(count * kBlock, N - block * kBlock));
+            own.scales.read(c, column, n);
             const uint32_t* unit = words + block * Kp;
             for (int64_t m = 0; m < c.M; ++m) {
                 const int64_t row = m * h.S + s;
-                // The last token fetches the next unit: the others have this one in the cache.
-                const bool fetch_next = m == c.M - 1 && block + 2 * kUnit <= last;
                 const Tables tables = c.M == 1 ? own.tables : shared_tables(row);
                 for (int i = 0; i < parts; ++i) {
+                    const Ahead ahead =
+                        ahead_of(unit, block + 2 * kUnit <= last, m, i == parts - 1);
                     int32_t* totals = own.totals + i * kUnit * kBlock;
                     if (own.grids[m].finite()) {
-                        c.f.gemv(unit, count, Kp, part_of(tables, i),
-                                 fetch_next && i == parts - 1 ? unit + kUnit * Kp : unit, totals);
+                        c.f.gemv(unit, count, Kp, part_of(tables, i), ahead, totals);
                     } else {
                         std::memset(totals, 0, kUnit * kBlock * sizeof(int32_t));
                     }
                 }
-                for (int i = 0; i < count; ++i) {
-                    const int64_t n = (block + i) * kBlock;
-                    c.f.finish(own.totals + i * kBlock, kUnit * kBlock,
-                               parts == 1 ? 0 : kTwoParts, nullptr, own.grids[m].unit,
-                               own.G + row * h.E, h.E, own.scales[i].s_out(),
-                               own.scales[i].bias(), int(std::min<int64_t>(kBlock, N - n)),
-                               c.y_at(m, start + n), c.x_dtype);
-                }
+                c.f.finish({own.totals, kUnit * kBlock, parts == 1 ? 0 : kTwoParts, nullptr},
+                           own.scales.from(0, &own.grids[m].unit, own.G + row * h.E), 1, n,
+                           c.y_at(m, column), 0, c.x_dtype);
             }
         }
     }
