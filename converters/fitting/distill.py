@@ -19,6 +19,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset
 
+from converters.fitting.attention import use_fast_attention
 from converters.fitting.distributed import device, has_gpu, is_main
 from converters.fitting.divergence import divergence, hidden_distance
 from converters.fitting.experts import merge_where_useless, split, with_experts
@@ -164,8 +165,8 @@ def fit(
         student = load_student(source, split_start)
     set_router_units(student, train[:1].to(device()))
     if options.compile:
-        if not has_gpu():  # compiled, it is faster forward and backward than torch's own kernel
-            student.set_attn_implementation("eager")
+        if not has_gpu():
+            use_fast_attention(student, train[:1])
         compile_blocks(student)
         compile_blocks(teacher)
     trainer = _trainer(student, teacher, train, folder, options, seed, stage != KD_SCALES)
