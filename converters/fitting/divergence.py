@@ -15,7 +15,7 @@ Sums = tuple[torch.Tensor, torch.Tensor]
 
 
 def _compare(student: torch.Tensor, teacher: torch.Tensor, weight: float) -> Sums:
-    """Sum over tokens of KL(teacher || student), and `weight` times its gradient for the student."""
+    """Sum over tokens of KL(teacher || student), and `weight` times the student's gradient."""
     log_q, log_p = student.float().log_softmax(-1), teacher.float().log_softmax(-1)
     p = log_p.exp()
     return (p * (log_p - log_q)).sum(), log_q.exp().sub_(p).mul_(weight)
