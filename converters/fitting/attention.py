@@ -96,13 +96,16 @@ def use_fast_attention(model: Any, tokens: torch.Tensor) -> None:
 
     AttentionInterface.register(NAME, _attend)
     AttentionMaskInterface.register(NAME, sdpa_mask)  # None where a mask would be causal alone
+    training = model.training
     try:
         model.set_attn_implementation(NAME)
         with torch.no_grad():
-            model(tokens)
+            model.train()(tokens)
     except (NotImplementedError, ValueError) as error:
         logger.info("attention by plain products: %s", error)
         model.set_attn_implementation(PLAIN)
+    finally:
+        model.train(training)
 
 
 def _attend(
