@@ -155,25 +155,23 @@ private:
         fetch(h.words_of(s) + b * Kp, Kp * sizeof(uint32_t));
     }
 
-    // Blocks `first` to `last`, kUnit of them at most, of shard s for the M tokens from m0 on.
+    // The unit of blocks from `first` on, as far as `last`, of shard s for the M tokens from m0 on.
     void multiply_unit(int64_t s, int64_t first, int64_t last, int64_t m0, int64_t M,
                        const Own& own) const {
-        constexpr int64_t unit = kUnit * kBlock;
-        const int64_t column = h.column_of(s) + first * kBlock;
-        const int64_t rest = h.shard_sizes[s] - first * kBlock;
-        own.scales.read(c, column, int(std::min(rest, unit)));
-        if (rest > unit) UnitScales::fetch_soon(c, column + unit, std::min(rest - unit, unit));
-        for (int64_t i = 0; i < kUnit && first + i < last; ++i) {
-            const int n = int(std::min<int64_t>(kBlock, rest - i * kBlock));
-            multiply(s, first + i, first + i + 1 < last, m0, M, column, i * kBlock, n, own);
+        own.scales.read(c, s, first);
+        if (first + kUnit < last) UnitScales::fetch_soon(c, s, first + kUnit);
+        for (int64_t b = first; b < std::min(first + kUnit, last); ++b) {
+            multiply(s, b, (b - first) * kBlock, b + 1 < last, m0, M, own);
         }
     }
 
-    // Block b of shard s: the n outputs from column + at on, whose scales are own.scales' from `at`
-    // on. The next block is fetched meanwhile if `fetch_next`: the processor's own prefetcher stops
-    // at each page's end, and would wait for the memory there.
-    void multiply(int64_t s, int64_t b, bool fetch_next, int64_t m0, int64_t M, int64_t column,
-                  int64_t at, int n, const Own& own) const {
+    // Block b of shard s, whose scales are own.scales' from `at` on. The next block is fetched
+    // meanwhile if `fetch_next`: the processor's own prefetcher stops at each page's end, and would
+    // wait for the memory there.
+    void multiply(int64_t s, int64_t b, int64_t at, bool fetch_next, int64_t m0, int64_t M,
+                  const Own& own) const {
+        const int64_t column = h.column_of(s) + b * kBlock;
+        const int n = int(std::min<int64_t>(kBlock, h.shard_sizes[s] - b * kBlock));
         const uint32_t* words = h.words_of(s) + b * Kp;
         const int tiles = int((M + kTile - 1) / kTile * h.planes);
         for (int64_t k = 0; k < Kp; k += kSlice) {
@@ -187,7 +185,7 @@ private:
             c.f.finish({own.sums + m / kTile * h.planes * tile_sums, tile_sums, h.planes,
                         plane_sums + m * h.planes},
                        own.scales.from(at, units + m, G + m * h.E),
-                       int(std::min<int64_t>(kTile, M - m)), n, c.y_at(m0 + m, column + at),
+                       int(std::min<int64_t>(kTile, M - m)), n, c.y_at(m0 + m, column),
                        c.N * bytes_of(c.x_dtype), c.x_dtype);
         }
     }

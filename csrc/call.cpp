@@ -89,6 +89,10 @@ namespace {
 
 constexpr int kWidth = kUnit * kBlock;
 
+int unit_size(const Call& call, int64_t s, int64_t block) {
+    return int(std::min<int64_t>(kWidth, call.h.shard_sizes[s] - block * kBlock));
+}
+
 }  // namespace
 
 UnitScales::UnitScales(const Call& call, Arena& arena)
@@ -96,13 +100,16 @@ UnitScales::UnitScales(const Call& call, Arena& arena)
       s_out_(arena.take<float>(E_ * kWidth)),
       bias_(call.bias ? arena.take<float>(kWidth) : nullptr) {}
 
-void UnitScales::fetch_soon(const Call& call, int64_t column, int64_t n) {
+void UnitScales::fetch_soon(const Call& call, int64_t s, int64_t block) {
+    const int64_t column = call.h.column_of(s) + block * kBlock, n = unit_size(call, s, block);
     for (int64_t e = 0; e < call.h.E; ++e) {
         fetch(call.scale_at(call.s_out, e * call.N + column), n * bytes_of(call.h.scale_dtype));
     }
 }
 
-void UnitScales::read(const Call& call, int64_t column, int n) const {
+void UnitScales::read(const Call& call, int64_t s, int64_t block) const {
+    const int64_t column = call.h.column_of(s) + block * kBlock;
+    const int n = unit_size(call, s, block);
     for (int64_t e = 0; e < E_; ++e) {
         call.f.to_float(call.scale_at(call.s_out, e * call.N + column), call.h.scale_dtype, n,
                         kWidth, s_out_ + e * kWidth);

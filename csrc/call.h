@@ -71,10 +71,9 @@ struct Grid {
 class UnitScales {
 public:
     UnitScales(const Call& call, Arena& arena);
-    // Fetch s_out of the `n` outputs from `column` on.
-    static void fetch_soon(const Call& call, int64_t column, int64_t n);
-    // Of the `n` outputs from `column` on.
-    void read(const Call& call, int64_t column, int n) const;
+    // Fetch s_out of the unit that begins with this block of shard s.
+    static void fetch_soon(const Call& call, int64_t s, int64_t block);
+    void read(const Call& call, int64_t s, int64_t block) const;
     // From output `at` of the unit on, for tokens with these units and gates.
     OutScales from(int64_t at, const float* unit, const float* G) const;
 

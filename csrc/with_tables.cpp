@@ -69,17 +69,18 @@ public:
         mix_experts(own);
         scale_x(items, own);
         team.wait();
-        int64_t blocks = 0;
-        for (int64_t s = 0; s < h.S; ++s) blocks += blocks_of(h.shard_sizes[s]);
+        int64_t all = 0;
+        for (int64_t s = 0; s < h.S; ++s) all += blocks_of(h.shard_sizes[s]);
+        const Range blocks = team.part(all);
         if (c.M > 1) {
             const Range rows = team.part(c.M * h.S);
-            const uint32_t* first = h.words_of(0) + team.part(blocks).first * Kp;
+            const uint32_t* first = h.words_of(0) + blocks.first * Kp;
             for (int64_t row = rows.first; row < rows.last; ++row) {
                 tabulate(row, shared_tables(row), first);
             }
             team.wait();
         }
-        each_shard(h, team.part(blocks), [&](int64_t s, int64_t first, int64_t last) {
+        each_shard(h, blocks, [&](int64_t s, int64_t first, int64_t last) {
             multiply(s, first, last, own);
         });
     }
@@ -150,13 +151,6 @@ private:
         }
     }
 
-    // The out-scales of a unit of blocks.
-    void fetch_scales(int64_t s, int64_t block) const {
-        const int64_t n = block * kBlock;
-        UnitScales::fetch_soon(c, h.column_of(s) + n,
-                              std::min<int64_t>(kUnit * kBlock, h.shard_sizes[s] - n));
-    }
-
     // A row is m * S + s.
     Grid grid_of(int64_t row) const {
         const int32_t* bits = max_bits + row * chunks;
@@ -192,15 +186,15 @@ private:
     void multiply(int64_t s, int64_t first, int64_t last, const Own& own) const {
         const int64_t N = h.shard_sizes[s], start = h.column_of(s);
         const uint32_t* words = h.words_of(s);
-        fetch_scales(s, first);
+        UnitScales::fetch_soon(c, s, first);
         if (c.M == 1) tabulate(s, own.tables, words + first * Kp);
         for (int64_t m = 0; m < c.M; ++m) own.grids[m] = grid_of(m * h.S + s);
         for (int64_t block = first; block < last; block += kUnit) {
             const int count = int(std::min<int64_t>(kUnit, last - block));
-            if (block + kUnit < last) fetch_scales(s, block + kUnit);
+            if (block + kUnit < last) UnitScales::fetch_soon(c, s, block + kUnit);
             const int64_t column = start + block * kBlock;
             const int n = int(std::min<int64_t>(count * kBlock, N - block * kBlock));
-            own.scales.read(c, column, n);
+            own.scales.read(c, s, block);
             const uint32_t* unit = words + block * Kp;
             for (int64_t m = 0; m < c.M; ++m) {
                 const int64_t row = m * h.S + s;

@@ -11,10 +11,10 @@ import torch
 CPU_CHUNK, GPU_CHUNK = 8, 2048
 COMPILED_CPU_CHUNK = 32  # what the compiler makes of a chunk passes over one token at a time
 
-Sums = tuple[torch.Tensor, torch.Tensor]
+Compared = tuple[torch.Tensor, torch.Tensor]
 
 
-def _compare(student: torch.Tensor, teacher: torch.Tensor, weight: float) -> Sums:
+def _compare(student: torch.Tensor, teacher: torch.Tensor, weight: float) -> Compared:
     """Sum over tokens of KL(teacher || student), and `weight` times the student's gradient."""
     log_q, log_p = student.float().log_softmax(-1), teacher.float().log_softmax(-1)
     p = log_p.exp()
@@ -23,7 +23,7 @@ def _compare(student: torch.Tensor, teacher: torch.Tensor, weight: float) -> Sum
 
 def _compare_with_few_exponentials(
     student: torch.Tensor, teacher: torch.Tensor, weight: float
-) -> Sums:
+) -> Compared:
     """The same, written for the compiler: exponentials take most of its time, here two a logit."""
     x, y = student.float(), teacher.float()
     x, y = x - x.amax(-1, keepdim=True), y - y.amax(-1, keepdim=True)
