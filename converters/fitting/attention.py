@@ -27,8 +27,11 @@ class _CausalAttention(torch.autograd.Function):
     def forward(
         ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
     ) -> torch.Tensor:
+        # Repeated: torch does not promise that this op takes key heads that are shared.
+        shared = q.shape[1] // k.shape[1]
+        keys, values = (x.repeat_interleave(shared, dim=1) for x in (k, v))
         out, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, 0.0, True, scale=scale
+            q, keys, values, 0.0, True, scale=scale
         )
         ctx.save_for_backward(q, k, v, out, log_sum)
         ctx.scale = scale
