@@ -24,6 +24,7 @@ from converters.fitting.distributed import device, has_gpu, is_main
 from converters.fitting.divergence import divergence, hidden_distance
 from converters.fitting.experts import merge_where_useless, split, with_experts
 from converters.fitting.layer import layer_of
+from converters.fitting.margins import set_margins
 from converters.fitting.memory import keep_freed_memory
 from converters.fitting.precision import model_dtype
 from converters.fitting.student import make_student, set_router_units, trainable_layers
@@ -34,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 QAT, KD_SCALES, EXPERTS = "qat", "kd-scales", "experts"
 LOG_STEPS = 10
+MARGIN_WINDOWS = 32  # their gradients set the latents' margins
 Tensors = dict[str, torch.Tensor]
 
 
@@ -45,7 +47,7 @@ class DistillOptions:
         tokens: of training text in all; what there is of text is repeated if need be.
         length: tokens in a window; attention's cost grows with it.
         batch: windows in one step of one process.
-        latent_lr: learning rate of latent signs, relative to their distance from a flip.
+        latent_lr: learning rate of latent signs, relative to the least distance from a flip.
         scale_lr: learning rate of scales and routers, relative to their start.
         hidden: weight of the hidden states' distance; 0 leaves it out.
         save_steps: steps between two checkpoints.
@@ -169,8 +171,15 @@ def fit(
             use_fast_attention(student, train[:1])
         compile_blocks(student)
         compile_blocks(teacher)
-    trainer = _trainer(student, teacher, train, folder, options, seed, stage != KD_SCALES)
     has_checkpoint = any(folder.glob("checkpoint-*"))
+    if stage != KD_SCALES and not has_checkpoint:
+        # One at a time: margins depend neither on the batch nor on the number of processes.
+        windows = train[:MARGIN_WINDOWS].to(device()).split(1)
+        logger.info("what flips cost is measured on %d windows", len(windows))
+        losses = (loss_on(student, teacher, window, options)[0] for window in windows)
+        with torch.compiler.set_stance("force_eager"):
+            set_margins(list(trainable_layers(student).values()), losses)
+    trainer = _trainer(student, teacher, train, folder, options, seed, stage != KD_SCALES)
     trainer.train(resume_from_checkpoint=True if has_checkpoint else None)
     if experts:
         merge_where_useless(student, lambda: held_out_loss(student, teacher, held_out))
@@ -184,6 +193,22 @@ def fit(
     weights = sum(N * K for N, K in source.modules.values())
     logger.info("signs flipped by training: %.2f %%", 100 * flips / weights)
     return result
+
+
+def loss_on(
+    student: Any, teacher: Any, tokens: torch.Tensor, options: DistillOptions
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What training minimises, and KL(teacher || student) alone, on windows [windows, T]."""
+    hidden = options.hidden > 0
+    with torch.no_grad():
+        wanted = teacher(tokens, output_hidden_states=hidden)
+    found = student(input_ids=tokens, output_hidden_states=hidden)
+    q, p = (outputs.logits.flatten(0, 1) for outputs in (found, wanted))
+    loss = kl = divergence(q, p, options.compile)
+    if hidden:
+        distance = hidden_distance(found.hidden_states[1:], wanted.hidden_states[1:])
+        loss = kl + options.hidden * distance
+    return loss, kl.detach()
 
 
 @torch.no_grad()
@@ -269,16 +294,8 @@ def _trainer(
         def compute_loss(
             self, model: Any, inputs: dict[str, torch.Tensor], *_: Any, **__: Any
         ) -> torch.Tensor:
-            tokens, hidden = inputs["input_ids"], options.hidden > 0
-            with torch.no_grad():
-                wanted = teacher(tokens, output_hidden_states=hidden)
-            found = model(input_ids=tokens, output_hidden_states=hidden)
-            q, p = (outputs.logits.flatten(0, 1) for outputs in (found, wanted))
-            loss = divergence(q, p, options.compile)
-            losses.append(loss.detach())
-            if hidden:
-                distance = hidden_distance(found.hidden_states[1:], wanted.hidden_states[1:])
-                loss = loss + options.hidden * distance
+            loss, kl = loss_on(model, teacher, inputs["input_ids"], options)
+            losses.append(kl)
             return loss
 
     class Progress(TrainerCallback):  # type: ignore[misc,unused-ignore]

@@ -7,10 +7,9 @@ W[N,K] are latent weights. Only their signs are used; the gradient passes the si
 (straight-through, as in BinaryMoS, arXiv 2406.12311). Scales and routers are trained as factors of
 what training starts from, so that one learning rate suits layers of any size.
 
-Every latent weight starts at +1 or -1, one margin away from a flip. A fitted sign is no more
-certain where the dense weight was large (error feedback chose it with all others), and each random
-flip costs as much as any other. With equal margins those signs flip whose gradients agree over
-many steps; a margin of |W| would flip at once, by noise, all signs whose weights were small.
+A latent weight starts at +1 or -1, or where margins.py puts it: not at the dense weight. A fitted
+sign is no more certain where the dense weight was large (error feedback chose it with all
+others); a margin of |W| would flip at once, by noise, all signs whose weights were small.
 """
 
 from typing import Any

@@ -83,7 +83,7 @@ def test_gradients_are_those_of_a_dense_layer_at_the_signs(E):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_every_sign_is_equally_far_from_a_flip():
+def test_every_sign_of_a_new_layer_is_equally_far_from_a_flip():
     _, trainable = layer(2)
     assert torch.equal(trainable.latent.abs(), torch.ones(24, 33))
 
@@ -191,7 +191,7 @@ def test_an_interrupted_training_continues_with_the_same_bytes(setting, monkeypa
 
     def stop_late(*arguments):
         count[0] += 1
-        if count[0] == 2 + 5:  # two windows are held out; then comes the fifth step
+        if count[0] == 2 + 4 + 5:  # two windows are held out, four set margins; the fifth step
             raise KeyboardInterrupt
         return real(*arguments)
 

@@ -1,0 +1,37 @@
+"""How far each latent sign starts from its flip.
+
+A flip moves a latent by 2, so one that noise asked for costs twice the loss's curvature there,
+about the mean square of the latent's gradient (Fisher). In SmolLM2-135M that spans more than ten
+orders of magnitude: some layers matter more than others, and so do columns of massive
+activations. Adam divides each gradient by its own size, so with equal margins costly signs flip
+by noise as often as cheap ones, and nearly all that noise costs is theirs. Nor does a flip pay
+unless the mean gradient exceeds the curvature; counted in steps of Adam, that distance grows in
+proportion to the gradient's size. So does the margin here, from 1 up, as signs that cost nothing
+should not flip for nothing.
+"""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from converters.fitting.student import TrainableLinear
+
+
+def set_margins(layers: Sequence[TrainableLinear], losses: Iterable[torch.Tensor]) -> None:
+    """Move each latent to 1 + r / mean(r) from zero, r the root mean square of its gradients.
+
+    Args:
+        layers: whose latents are set; the mean is over all of them.
+        losses: one for each piece of text, made one after another.
+    """
+    latents = [layer.latent for layer in layers]
+    squares = [torch.zeros_like(latent) for latent in latents]
+    for loss in losses:
+        for square, gradient in zip(squares, torch.autograd.grad(loss, latents), strict=True):
+            square.addcmul_(gradient, gradient)
+    sizes = [square.sqrt_() for square in squares]
+    mean = sum(float(size.sum()) for size in sizes) / sum(size.numel() for size in sizes)
+    with torch.no_grad():
+        for latent, size in zip(latents, sizes, strict=True):
+            margin = 1 + size / mean if mean > 0 else torch.ones_like(size)
+            latent.copy_(torch.where(latent >= 0, margin, -margin))
