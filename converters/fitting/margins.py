@@ -1,13 +1,13 @@
 """How far each latent sign starts from its flip.
 
 A flip moves a latent by 2, so one that noise asked for costs twice the loss's curvature there,
-about the mean square of the latent's gradient (Fisher). In SmolLM2-135M that spans more than ten
-orders of magnitude: some layers matter more than others, and so do columns of massive
-activations. Adam divides each gradient by its own size, so with equal margins costly signs flip
-by noise as often as cheap ones, and nearly all that noise costs is theirs. Nor does a flip pay
-unless the mean gradient exceeds the curvature; counted in steps of Adam, that distance grows in
-proportion to the gradient's size. So does the margin here, from 1 up, as signs that cost nothing
-should not flip for nothing.
+which goes about as the mean square of the latent's gradient (Fisher). In SmolLM2-135M that spans
+more than ten orders of magnitude: some layers matter more than others, and so do columns of
+massive activations. Adam divides each gradient by its own size, so with equal margins costly
+signs flip by noise as often as cheap ones, and most of what noise costs is theirs. Nor does a
+flip pay unless the mean gradient exceeds the curvature; counted in steps of Adam, that distance
+grows in proportion to the gradient's size. So does the margin here, from 1 up, as signs that cost
+nothing should not flip for nothing.
 """
 
 from collections.abc import Iterable, Sequence
