@@ -73,6 +73,17 @@ def test_dummy_weights_need_no_checkpoint(packed: Path, tmp_path: Path) -> None:
     assert [len(answer.tokens) for answer in answers] == [NEW_TOKENS] * len(PROMPTS)
 
 
+def test_dummy_weights_of_a_whole_checkpoint(packed: Path) -> None:
+    answers = vllm_answers(packed, "float32", load_format="dummy")
+    assert [len(answer.tokens) for answer in answers] == [NEW_TOKENS] * len(PROMPTS)
+
+
+def test_logits_in_float32_from_an_lm_head_in_16_bits(packed: Path) -> None:
+    overrides = {"head_dtype": "float32"}
+    answers = vllm_answers(packed, "bfloat16", hf_overrides=overrides)
+    assert [len(answer.tokens) for answer in answers] == [NEW_TOKENS] * len(PROMPTS)
+
+
 def save_state(source: Path, path: Path) -> None:
     with engine(source, "float32") as llm:
         llm.llm_engine.engine_core.save_sharded_state(path=str(path))
@@ -94,8 +105,9 @@ def test_sharded_state_comes_back(tmp_path: Path) -> None:
 @pytest.mark.feature(
     "Loading",
     "sharded state of a model with an untied lm_head, or of a mixture of experts",
-    limit="on a CPU vLLM drops the weights that it has packed for oneDNN before it saves them; a "
-    "dense model's layers are missing in the same way",
+    limit="on a CPU weights that are packed for oneDNN are dropped before they are saved, an "
+    "untied lm_head by this plugin (its memory), the rest by vLLM: a dense model's layers are "
+    "missing in the same way",
 )
 def test_vllm_saves_an_incomplete_sharded_state_on_a_cpu(packed: Path, tmp_path: Path) -> None:
     dense = tmp_path / "dense"

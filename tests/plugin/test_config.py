@@ -58,6 +58,27 @@ def test_a_gate_and_up_that_the_model_did_not_announce_are_one_layer() -> None:
     assert method.names == ["mlp.gate_proj", "mlp.up_proj"]
 
 
+@pytest.mark.parametrize(("E", "norm"), [(4, None), (1, "layer_norm")])
+def test_a_layer_that_vllm_folds_into_others_is_refused(E: int, norm: str | None) -> None:
+    name = "model.layers.0.self_attn.kv_b_proj"
+    config = BinaryMosVllmConfig(BinaryMosConfig(E, (name,), output_norm=norm))
+    with pytest.raises(ValueError, match=r"kv_b_proj: vLLM folds .* --ignore 'kv_b_proj'"):
+        config.get_quant_method(linear(), name)
+    one = BinaryMosVllmConfig(BinaryMosConfig(1, (name,)))
+    assert isinstance(one.get_quant_method(linear(), name), BinaryMosLinearMethod)
+
+
+def test_a_folder_without_weights_has_no_inventory_to_check(packed: Path, tmp_path: Path) -> None:
+    """What vLLM makes of a checkpoint in an object store: its JSON files."""
+    for name in ("config.json", "bmos_manifest.json"):
+        (tmp_path / name).write_bytes((packed / name).read_bytes())
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {}}')
+    config, _ = read(packed)
+    config.biases = None
+    config.maybe_update_config(str(tmp_path))
+    assert config.biases is None
+
+
 def test_a_quantized_head_is_refused_by_name() -> None:
     class ParallelLMHead(torch.nn.Module):
         pass

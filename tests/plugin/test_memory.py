@@ -75,6 +75,14 @@ def test_the_first_logits_give_back_what_the_warm_up_left(monkeypatch: pytest.Mo
     assert calls == [1]
 
 
+def test_a_reload_forgets_what_was_packed_of_the_old_weights() -> None:
+    method, table = embedding.LeanEmbeddingMethod(), torch.nn.Module()
+    table.cpu_linear = lambda *_: None  # type: ignore[assignment]
+    method.process_weights_after_loading(table)
+    assert not hasattr(table, "cpu_linear")
+    method.process_weights_after_loading(table)
+
+
 @pytest.mark.slow
 @pytest.mark.feature(
     "Faults",

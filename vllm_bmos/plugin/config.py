@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from vllm.config import get_current_vllm_config_or_none
+from vllm.config import VllmConfig, get_current_vllm_config_or_none
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
@@ -16,7 +16,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmb
 from vllm.platforms import current_platform
 
 from vllm_bmos.checkpoint import QUANT_METHOD, BinaryMosConfig, Checkpoint, FormatError
-from vllm_bmos.checkpoint.format import BIAS, INDEX_FILE, MANIFEST_FILE, SINGLE_FILE
+from vllm_bmos.checkpoint.format import BIAS, INDEX_FILE, MANIFEST_FILE
 from vllm_bmos.plugin.embedding import LeanEmbeddingMethod
 from vllm_bmos.plugin.linear import BinaryMosLinearMethod
 from vllm_bmos.plugin.memory import available_bytes, check_memory
@@ -39,10 +39,17 @@ CHECKPOINT_LOAD_FORMATS = {
 }
 
 
+# The layer of multi-head latent attention that vLLM multiplies into its neighbours.
+ABSORBED = "kv_b_proj"
 # vLLM builds the draft model of a speculative pair under this prefix.
 DRAFT_PREFIX = "draft_model."
 # Qwen3-MoE says that its dense blocks have it only when they are being built.
 LATE_MERGES = {"gate_up_proj": ["gate_proj", "up_proj"]}
+
+
+def reads_checkpoint(vllm_config: VllmConfig) -> bool:
+    """Whether the model's weights come from the checkpoint's own files."""
+    return vllm_config.load_config.load_format in CHECKPOINT_LOAD_FORMATS
 
 
 class BinaryMosVllmConfig(QuantizationConfig):
@@ -70,7 +77,7 @@ class BinaryMosVllmConfig(QuantizationConfig):
 
     @classmethod
     def get_supported_act_dtypes(cls) -> list[torch.dtype]:
-        """Every dtype vLLM serves in: the layer computes in fp32 inside."""
+        """Every dtype vLLM serves in; what a kernel rounds to it is the kernel's to say."""
         return [torch.bfloat16, torch.float16, torch.float32]
 
     @classmethod
@@ -98,7 +105,8 @@ class BinaryMosVllmConfig(QuantizationConfig):
         where the error is the last thing a user reads.
         """
         path = Path(model_name)
-        if (path / INDEX_FILE).exists() or (path / SINGLE_FILE).exists():
+        # Of a model in an object store vLLM puts the JSON files alone into a directory.
+        if any(path.glob("*.safetensors")):
             self._read_checkpoint(path)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: "WeightsMapper") -> None:
@@ -125,7 +133,9 @@ class BinaryMosVllmConfig(QuantizationConfig):
         names = self._claim(prefix, self.shard_names(prefix))
         if names is None:
             return UnquantizedLinearMethod()
-        biases = None if self.biases is None else [self.biases[name] for name in names]
+        self._refuse_absorbed(prefix, names[0])
+        found = self._loaded_biases()
+        biases = None if found is None else [found[name] for name in names]
         return BinaryMosLinearMethod(self.config, names, biases)
 
     def _experts_method(self, layer: RoutedExperts, prefix: str) -> QuantizeMethodBase | None:
@@ -140,16 +150,15 @@ class BinaryMosVllmConfig(QuantizationConfig):
         names = self._claim(prefix, shards)
         if names is None:
             return None
-        biased = [name for name in names if self.biases is not None and self.biases[name]]
+        biases = self._loaded_biases()
+        biased = [name for name in names if biases is not None and biases[name]]
         if biased:
             raise FormatError(
                 f"{biased[0]}.{BIAS}: vllm-bmos does not serve feed-forward experts with biases. "
                 r"Convert the model again with --ignore '\.experts'."
             )
         each = list(zip(names[::3], names[1::3], names[2::3], strict=True))
-        return BinaryMosMoEMethod(
-            self.config, layer.moe_config, each, complete=self.biases is not None
-        )
+        return BinaryMosMoEMethod(self.config, layer.moe_config, each, complete=biases is not None)
 
     def _claim(self, prefix: str, shards: list[str]) -> list[str] | None:
         """Checkpoint names of the layers that vLLM serves as one; None if all are dense.
@@ -194,6 +203,28 @@ class BinaryMosVllmConfig(QuantizationConfig):
             f"'{prefix.rpartition('.')[2]}'."
         )
 
+    def _refuse_absorbed(self, prefix: str, name: str) -> None:
+        """Refuse a layer that vLLM multiplies into others: what depends on the token cannot be.
+
+        Multi-head latent attention takes the weight of `kv_b_proj` out of the layer by running it
+        on a unit matrix, whose rows have gates of their own.
+        """
+        if prefix.rpartition(".")[2] != ABSORBED:
+            return
+        if self.config.num_experts > 1 or self.config.output_norm:
+            raise ValueError(
+                f"{name}: vLLM folds this layer of multi-head latent attention into others, which "
+                "is wrong for scales or a norm that depend on the token. Convert the model again "
+                f"with --ignore '{ABSORBED}', or with --experts 1."
+            )
+
+    def _loaded_biases(self) -> dict[str, bool] | None:
+        """`biases`, or None where the load format does not use the files that have them."""
+        vllm_config = get_current_vllm_config_or_none()
+        if vllm_config is None or reads_checkpoint(vllm_config):
+            return self.biases
+        return None
+
     def _check_machine(self) -> None:
         """What a CPU cannot hold, and what vLLM gets wrong there; before a layer is allocated."""
         vllm_config = get_current_vllm_config_or_none()
@@ -214,14 +245,14 @@ class BinaryMosVllmConfig(QuantizationConfig):
         vllm_config = get_current_vllm_config_or_none()
         if vllm_config is None:
             return
-        load_format = vllm_config.load_config.load_format
-        if load_format not in CHECKPOINT_LOAD_FORMATS:
+        model = vllm_config.model_config
+        if not reads_checkpoint(vllm_config) or model.model_weights:
             logger.info_once(
-                "BinaryMoS: load format %s reads no checkpoint; its inventory is not checked.",
-                load_format,
+                "BinaryMoS: load format %s reads no checkpoint on a disk; its inventory is not "
+                "checked.",
+                vllm_config.load_config.load_format,
             )
             return
-        model = vllm_config.model_config
         path = Path(model.model)
         if not path.is_dir():
             # The same files that vLLM is about to fetch into the same cache.

@@ -27,15 +27,23 @@ class LeanEmbeddingMethod(UnquantizedEmbeddingMethod):
         super().__init__()
         self.warm = not current_platform.is_cpu()
         config = get_current_vllm_config_or_none()
-        # Unknown counts as tied: then the head's weight is also the table that is looked up.
-        self.tied = config is None or getattr(
-            config.model_config.hf_text_config, "tie_word_embeddings", True
+        model = None if config is None else config.model_config
+        # Tied, the head's weight is also the table that is looked up; in another dtype than the
+        # model's, vLLM multiplies by the plain weight. Unknown counts as both.
+        self.keep_weight = (
+            model is None
+            or getattr(model.hf_text_config, "tie_word_embeddings", True)
+            or model.head_dtype != model.dtype
         )
 
     @override
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        if current_platform.is_cpu() and isinstance(layer, ParallelLMHead):
-            dispatch_cpu_unquantized_gemm(layer, remove_weight=not self.tied)
+        if not current_platform.is_cpu():
+            return
+        if isinstance(layer, ParallelLMHead):
+            dispatch_cpu_unquantized_gemm(layer, remove_weight=not self.keep_weight)
+        elif hasattr(layer, "cpu_linear"):
+            del layer.cpu_linear  # of the weights before a reload; `apply` makes it anew
 
     @override
     def apply(

@@ -139,7 +139,9 @@ class BinaryMosLinearMethod(LinearMethodBase):
             self.kernel.name,
         )
         if self.config.output_norm:
-            y = output_layer_norm(y, bias, config.shard_sizes)
+            # The norm is over all outputs of a layer on the disk, which vLLM may serve as several.
+            sizes = [config.N] if self.loader.fused_on_disk else config.shard_sizes
+            y = output_layer_norm(y, bias, sizes)
         return y.view(*x.shape[:-1], config.N)
 
     def _check_bias(self, layer: LinearBase) -> None:
