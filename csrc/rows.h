@@ -177,7 +177,9 @@ inline V total_of(const int32_t* C, const int32_t* sums, const Totals& all) {
     float total[16];
     for (int i = 0; i < 16; ++i) {
         int64_t sum = 0;
-        if (all.planes == kTwoParts) sum = (int64_t(C[all.plane_stride + i]) << kPartBits) + C[i];
+        if (all.planes == kTwoParts) {
+            sum = int64_t(C[all.plane_stride + i]) * (int64_t(1) << kPartBits) + C[i];
+        }
         for (int p = all.planes - 1; p >= 0; --p) {
             sum = sum * 256 + 2 * int64_t(C[p * all.plane_stride + i]) - sums[p];
         }

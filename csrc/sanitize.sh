@@ -15,7 +15,8 @@ build() {
         "$python" setup.py --quiet build_ext --build-lib "$build/$1" --build-temp "$build/$1/temp"
 }
 
-build memory "-fsanitize=address,undefined -fno-sanitize-recover=all"
+# Python is built with -fwrapv, which would make overflow defined and hide it.
+build memory "-fsanitize=address,undefined -fno-sanitize-recover=all -fno-wrapv"
 # Python itself leaks, by this sanitizer's definition, so leaks are not looked for; a test that
 # watches the resident memory looks for ours, and freed memory must not lie around. libstdc++ is
 # there from the start, because the sanitizer looks up its exceptions then.

@@ -43,11 +43,14 @@ def report(device: str, dtype: torch.dtype) -> None:
     )
     try:
         chosen = choose_kernel(config).name
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         chosen = f"none: {error}"
     print(f"  {dtype}: {chosen}")
     for kernel in kernels().values():
-        able, reason = kernel.can_run(config)
+        try:
+            able, reason = kernel.can_run(config)
+        except ValueError as error:  # a variable that names what does not exist
+            able, reason = False, str(error)
         print(f"    {'+' if able else '-'} {kernel.name:10} {reason}")
 
 

@@ -1,5 +1,8 @@
 """Prepared layers lie on cache lines, apart from each other, in few areas."""
 
+import mmap
+
+import pytest
 import torch
 
 from vllm_bmos.kernels import large_pages
@@ -26,3 +29,14 @@ def test_an_area_is_aligned_and_larger_tensors_have_their_own() -> None:
     assert large.data_ptr() % large_pages.PAGE == 0
     large[-1] = 1
     assert large_pages.empty((8,), torch.uint8).data_ptr() % 64 == 0
+
+
+def test_a_system_without_large_pages_gives_small_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Refusing(mmap.mmap):
+        def madvise(self, *_: int) -> None:
+            raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(large_pages.mmap, "mmap", Refusing)
+    tensor = large_pages.empty((large_pages.AREA + 1,), torch.uint8)
+    tensor[-1] = 7
+    assert int(tensor[-1]) == 7

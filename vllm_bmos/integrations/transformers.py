@@ -1,7 +1,7 @@
 """Loads packed checkpoints with `AutoModelForCausalLM.from_pretrained`.
 
 Importing this module registers `quant_method: binarymos` with transformers. The layers run the
-reference op unless another kernel is named: this is the oracle that the engine is compared with.
+reference op: this is the oracle that the engine is compared with.
 """
 
 from collections import defaultdict
@@ -168,7 +168,7 @@ class BinaryMosQuantizer(HfQuantizer):
         if path.is_dir():
             Checkpoint(path)
         experts: dict[str, set[tuple[int, str]]] = defaultdict(set)
-        for name, own in zip(config.modules, _own_names(model, config.modules), strict=True):
+        for name, own in zip(config.modules, own_names(model, config.modules), strict=True):
             linear = _submodule(model, own)
             match = FFN_EXPERT.fullmatch(own)
             if isinstance(linear, nn.Linear):
@@ -246,15 +246,19 @@ class BinaryMosQuantizer(HfQuantizer):
         return False
 
 
-def _own_names(model: PreTrainedModel, modules: tuple[str, ...]) -> list[str]:
-    """What transformers calls the checkpoint's modules: Mixtral's differ."""
+def own_names(model: PreTrainedModel, modules: tuple[str, ...]) -> list[str]:
+    """What transformers calls the checkpoint's modules: Mixtral's differ, or lack the prefix."""
     renamings = [c for c in get_model_conversion_mapping(model) if isinstance(c, WeightRenaming)]
     own = []
     for module in modules:
         name = f"{module}.{WEIGHT}"
         for renaming in renamings:
             name, _ = renaming.rename_source_key(name)
-        own.append(name.removesuffix(f".{WEIGHT}"))
+        name = name.removesuffix(f".{WEIGHT}")
+        inside = f"{model.base_model_prefix}.{name}"
+        own.append(
+            inside if _submodule(model, name) is None and _submodule(model, inside) else name
+        )
     return own
 
 

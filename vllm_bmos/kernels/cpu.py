@@ -34,7 +34,7 @@ MODE_ENV = "VLLM_BMOS_CPU_MODE"
 # The enums of csrc/bmos.h.
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 MODES = {"int8": 1, "default": 2, "exact": 4}
-MAX_K = 65536
+MAX_K = 65536  # kMaxK of csrc/kernels.h
 
 # Another build of the library, with sanitizers, say, may be named.
 LIBRARY = Path(
@@ -148,7 +148,10 @@ class CpuKernel(Kernel):
 def _packed_bytes(config: LinearConfig) -> int:
     shards = len(config.shard_sizes)
     sizes = (ctypes.c_int64 * shards)(*config.shard_sizes)
-    return int(library().bmos_packed_bytes(config.K, sizes, shards))
+    size = int(library().bmos_packed_bytes(config.K, sizes, shards))
+    if size < 0:
+        raise ValueError(f"the CPU kernel of BinaryMoS has no layout for {config}.")
+    return size
 
 
 def _pack(signs: torch.Tensor, config: LinearConfig, packed: torch.Tensor) -> None:

@@ -8,6 +8,7 @@ lie one behind the other in areas that are made of them.
 
 import mmap
 import threading
+from contextlib import suppress
 
 import torch
 
@@ -25,7 +26,8 @@ class _Area:
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
         memory = mmap.mmap(-1, size + PAGE, flags=flags)
         if hasattr(mmap, "MADV_HUGEPAGE"):
-            memory.madvise(mmap.MADV_HUGEPAGE)
+            with suppress(OSError):  # a system without large pages refuses the advice
+                memory.madvise(mmap.MADV_HUGEPAGE)
         whole = torch.frombuffer(memory, dtype=torch.uint8)
         start = -whole.data_ptr() % PAGE
         self.bytes = whole[start : start + size]

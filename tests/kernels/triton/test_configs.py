@@ -37,6 +37,11 @@ def test_lookup_takes_the_first_tile_that_is_large_enough(fresh):
 
 def test_an_unknown_architecture_uses_the_default(fresh):
     assert configs.tiles_for(87) == configs.table()["default"]
+    assert configs.tiles_for(120) == configs.table()["default"]
+
+
+def test_all_with_tensor_memory_have_the_tiles_of_the_first(fresh):
+    assert configs.tiles_for(103) == configs.tiles_for(110) == configs.table()["sm_100"]
 
 
 def test_batch_invariance_uses_one_tile(fresh):

@@ -120,7 +120,9 @@ def tiles_for(arch: int) -> tuple[Tile, ...]:
     """The tiles of an architecture, such as 86 for compute capability 8.6."""
     if batch_invariant():
         return table()["batch_invariant"]
-    return table().get(f"sm_{arch}", table()["default"])
+    # Tensor memory, which limits a tile, is alike in all GPUs of 10.x and 11.x.
+    family = 100 if 100 <= arch < 120 else arch
+    return table().get(f"sm_{arch}", table().get(f"sm_{family}", table()["default"]))
 
 
 def tile_for(arch: int, M: int) -> Tile | None:

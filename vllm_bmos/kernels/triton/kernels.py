@@ -268,7 +268,7 @@ def gemm(
     shard, first_row, first_col, size = _locate(row, sizes)
     n = tl.arange(0, BN)
     j = tl.arange(0, BKW)
-    tokens = tl.program_id(1) * BM + tl.arange(0, BM)
+    tokens = (tl.program_id(1) * BM + tl.arange(0, BM)).to(tl.int64)
     token_mask = tokens < M
     w_tile = words + (row + n)[:, None] * KW + j[None, :]
     KX = tl.cdiv(KW, BLOCK_WORDS) * BLOCK
@@ -331,14 +331,16 @@ def dequant(words, out, KB, BN: tl.constexpr):
         tl.store(block + i * BLOCK_WORDS, round_to(signs, DTYPE))
 
 
-@triton.jit(do_not_specialize=["M", "biased"])
+# The shard is a number, as a pointer to its gates would be aligned for some M and not for others,
+# and a kernel of its own for these would be compiled while serving.
+@triton.jit(do_not_specialize=["M", "biased", "shard"])
 def finish(
-    products, s_out, g, bias, y, M, N, first_col, cols, biased, E: tl.constexpr,
+    products, s_out, g, bias, y, M, N, first_col, cols, biased, shard, E: tl.constexpr,
     BN: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     """y[:, first_col:][:, :cols] = products[M,cols] * 2**-SIGN_EXPONENT * (G @ S_out) + bias.
 
-    `g` points at this shard's G[M,E]. Grid: (ceil(cols/BN), ceil(M/BM)).
+    Of g[S,M,E] the gates of one shard are used. Grid: (ceil(cols/BN), ceil(M/BM)).
     """
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     tokens = tl.program_id(1) * BM + tl.arange(0, BM)
@@ -347,7 +349,7 @@ def finish(
     row = tokens.to(tl.int64)[None, :]
     acc = tl.load(products + row * cols + n[:, None], mask=mask, other=0.0).to(tl.float32)
     col = first_col + n
-    scale = _mix_s_out(s_out, g, col, col_mask, tokens, token_mask, N, E)
+    scale = _mix_s_out(s_out, g + shard * M * E, col, col_mask, tokens, token_mask, N, E)
     shift = tl.load(bias + col, mask=col_mask & (col < biased), other=0.0).to(tl.float32)
     unscale: tl.constexpr = 2.0**-SIGN_EXPONENT
     out = round_to(acc * (scale * unscale) + shift[:, None], y.dtype.element_ty)

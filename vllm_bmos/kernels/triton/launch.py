@@ -159,7 +159,7 @@ def _large(
     ROWS, BN, BM = kernels.ROWS.value, 32, 64
     part = max(1, DEQUANT_BYTES // (KX * xs.element_size() * ROWS)) * ROWS
     row, col = 0, 0
-    for scaled, gates, size in zip(xs.unbind(), g.unbind(), shard_sizes, strict=True):
+    for shard, (scaled, size) in enumerate(zip(xs.unbind(), shard_sizes, strict=True)):
         for first in range(0, size, part):
             cols = min(part, size - first)
             rows = round_up(cols, BN)
@@ -172,8 +172,8 @@ def _large(
             products = scaled @ signs.narrow(0, 0, cols).T
             launch(
                 kernels.finish, (triton.cdiv(cols, BM), triton.cdiv(M, BM)),
-                products, tensors.out_channel_scale, gates, y if bias is None else bias, y,
-                M, N, col + first, cols, 0 if bias is None else N,
+                products, tensors.out_channel_scale, g, y if bias is None else bias, y,
+                M, N, col + first, cols, 0 if bias is None else N, shard,
                 E=E, BN=BM, BM=BM, num_warps=8,
             )  # fmt: skip
         row += round_up(size, ROWS)
