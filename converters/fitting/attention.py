@@ -92,23 +92,20 @@ def use_fast_attention(model: Any, tokens: torch.Tensor) -> None:
 
     Args:
         model: on a CPU.
-        tokens: [windows, T] as in training, to try it on.
+        tokens: [windows, T] to try it on, as long as any that the model will see.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
     AttentionInterface.register(NAME, _attend)
     AttentionMaskInterface.register(NAME, sdpa_mask)  # None where a mask would be causal alone
-    training = model.training
     try:
         model.set_attn_implementation(NAME)
         with torch.no_grad():
-            model.train()(tokens)
+            model(tokens)
     except (NotImplementedError, ValueError) as error:
         logger.info("attention by plain products: %s", error)
         model.set_attn_implementation(PLAIN)
-    finally:
-        model.train(training)
 
 
 def _attend(

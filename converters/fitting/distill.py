@@ -8,7 +8,9 @@ keeps checkpoints, continues from the last one, and runs on several processes wi
 was trained is kept only if the loss on held-out text fell.
 """
 
+import json
 import logging
+import shutil
 import time
 from collections import deque
 from dataclasses import dataclass
@@ -20,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset
 
 from converters.fitting.attention import use_fast_attention
-from converters.fitting.distributed import device, has_gpu, is_main
+from converters.fitting.distributed import device, has_gpu, is_main, wait_for_all
 from converters.fitting.divergence import divergence, hidden_distance
 from converters.fitting.experts import merge_where_useless, split, with_experts
 from converters.fitting.layer import layer_of
@@ -167,12 +169,12 @@ def fit(
         student = load_student(source, split_start)
     set_router_units(student, train[:1].to(device()))
     if options.compile:
-        if not has_gpu():
-            use_fast_attention(student, train[:1])
+        if not has_gpu():  # a sliding window may be shorter than one and longer than the other
+            use_fast_attention(student, max(train[:1], held_out[:1], key=lambda w: w.shape[1]))
         compile_blocks(student)
         compile_blocks(teacher)
-    has_checkpoint = any(folder.glob("checkpoint-*"))
-    if stage != KD_SCALES and not has_checkpoint:
+    checkpoint = last_checkpoint(folder)
+    if stage != KD_SCALES and checkpoint is None:
         # One at a time: margins depend neither on the batch nor on the number of processes.
         windows = train[:MARGIN_WINDOWS].to(device()).split(1)
         logger.info("what flips cost is measured on %d windows", len(windows))
@@ -180,7 +182,7 @@ def fit(
         with torch.compiler.set_stance("force_eager"):
             set_margins(list(trainable_layers(student).values()), losses)
     trainer = _trainer(student, teacher, train, folder, options, seed, stage != KD_SCALES)
-    trainer.train(resume_from_checkpoint=True if has_checkpoint else None)
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if experts:
         merge_where_useless(student, lambda: held_out_loss(student, teacher, held_out))
     after = held_out_loss(student, teacher, held_out)
@@ -193,6 +195,28 @@ def fit(
     weights = sum(N * K for N, K in source.modules.values())
     logger.info("signs flipped by training: %.2f %%", 100 * flips / weights)
     return result
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The Trainer's newest whole checkpoint, or None; what a kill left of others is deleted.
+
+    The Trainer writes a checkpoint in place, its state last, and deletes the one before after that.
+    """
+
+    def is_whole(path: Path) -> bool:
+        try:
+            return "global_step" in json.loads((path / "trainer_state.json").read_text())
+        except (OSError, ValueError):
+            return False
+
+    if is_main():
+        for path in folder.glob("checkpoint-*"):
+            if not is_whole(path):
+                logger.info("%s was not written whole: it is deleted", path.name)
+                shutil.rmtree(path)
+    wait_for_all()
+    steps = {int(path.name.partition("-")[2]): path for path in folder.glob("checkpoint-*")}
+    return steps[max(steps)] if steps else None
 
 
 def loss_on(
@@ -269,6 +293,7 @@ def _trainer(
         use_cpu=not has_gpu(),
         ddp_find_unused_parameters=False,  # all that is trained is used in every step
     )
+    arguments._n_gpu = 1  # each process has one; several take torchrun, not threads of one process
     length = train.shape[1]
     steps = max(1, options.tokens // (options.batch * length * arguments.world_size))
     arguments.max_steps, arguments.warmup_steps = steps, max(1, steps // 10)
@@ -294,6 +319,7 @@ def _trainer(
         def compute_loss(
             self, model: Any, inputs: dict[str, torch.Tensor], *_: Any, **__: Any
         ) -> torch.Tensor:
+            model.eval()  # the teacher has no dropout to learn
             loss, kl = loss_on(model, teacher, inputs["input_ids"], options)
             losses.append(kl)
             return loss

@@ -8,7 +8,8 @@ No gradients. For each decoder block, and within it for each group of layers tha
     4. in turns: scales by least squares                                        (least_squares.py)
        and signs by coordinate descent                                          (descent.py)
 
-Memory: one block twice, and the hidden states of both models.
+Memory: one block twice, the hidden states of both models, for each thread the sums over one batch
+(2 K^2 + N K floats), and in the solvers a few K x K matrices of float64.
 """
 
 import copy

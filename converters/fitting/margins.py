@@ -11,6 +11,7 @@ nothing should not flip for nothing.
 """
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 import torch
 
@@ -20,18 +21,32 @@ from converters.fitting.student import TrainableLinear
 def set_margins(layers: Sequence[TrainableLinear], losses: Iterable[torch.Tensor]) -> None:
     """Move each latent to 1 + r / mean(r) from zero, r the root mean square of its gradients.
 
+    Memory: one gradient at a time beside the model, and a copy of the latents' size on the CPU.
+
     Args:
         layers: whose latents are set; the mean is over all of them.
         losses: one for each piece of text, made one after another.
     """
     latents = [layer.latent for layer in layers]
-    squares = [torch.zeros_like(latent) for latent in latents]
+    squares = [torch.zeros_like(latent, device="cpu") for latent in latents]
+
+    def add_and_forget(square: torch.Tensor, latent: torch.Tensor) -> None:
+        assert latent.grad is not None
+        gradient = latent.grad.to(square.device)
+        latent.grad = None
+        square.addcmul_(gradient, gradient)
+
+    hooks = [
+        latent.register_post_accumulate_grad_hook(partial(add_and_forget, square))
+        for latent, square in zip(latents, squares, strict=True)
+    ]
     for loss in losses:
-        for square, gradient in zip(squares, torch.autograd.grad(loss, latents), strict=True):
-            square.addcmul_(gradient, gradient)
+        torch.autograd.backward(loss, inputs=latents)
+    for hook in hooks:
+        hook.remove()
     sizes = [square.sqrt_() for square in squares]
     mean = sum(float(size.sum()) for size in sizes) / sum(size.numel() for size in sizes)
     with torch.no_grad():
         for latent, size in zip(latents, sizes, strict=True):
-            margin = 1 + size / mean if mean > 0 else torch.ones_like(size)
+            margin = (1 + size / mean if mean > 0 else torch.ones_like(size)).to(latent.device)
             latent.copy_(torch.where(latent >= 0, margin, -margin))

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 
 from converters.calibration import Calibration, load_texts, sample
-from converters.fitting import FITTED_STAGES, block, distill, hessian
+from converters.fitting import FITTED_STAGES, block, check_fittable, distill, hessian
 from converters.fitting.block import BlockOptions
 from converters.fitting.blocks import BlockModel
 from converters.fitting.distill import DistillOptions
-from converters.fitting.distributed import is_main, wait_for_all
+from converters.fitting.distributed import is_main, wait_for_all, world_size
 from converters.fitting.experts import with_experts
 from converters.fitting.folder import FitFolder
 from converters.fitting.hessian import HessianOptions
@@ -27,7 +27,7 @@ from converters.plan import Plan
 from converters.sources import Source
 from converters.sources.fitted import FittedSource
 from converters.workspace import check_free
-from vllm_bmos.checkpoint.format import FFN_EXPERT, MANIFEST_FILE, REQUIRED, FormatError
+from vllm_bmos.checkpoint.format import MANIFEST_FILE, REQUIRED, FormatError
 from vllm_bmos.checkpoint.reader import Checkpoint
 
 logger = logging.getLogger(__name__)
@@ -84,17 +84,7 @@ class Fit:
     """
 
     def __init__(self, plan: Plan, stage: str, options: FitOptions) -> None:
-        if plan.source.stage is None:
-            raise FormatError(
-                f"--stage {stage}: {plan.source.path} is binary already; only a dense model can "
-                "be fitted. Leave --stage out."
-            )
-        experts = [name for name in plan.source.modules if FFN_EXPERT.fullmatch(name)]
-        if experts:
-            raise FormatError(
-                f"{experts[0]}: --stage {stage} cannot fit the experts of a mixture-of-experts "
-                r"model. Use --stage svid, or keep them dense with --ignore '\.experts'."
-            )
+        check_fittable(plan, stage)
         self.stage, self.options = stage, options
         self.source = FittedSource(plan.source, stage)
         self.stages = list(stages_up_to(stage))
@@ -135,7 +125,10 @@ class Fit:
         windows = options.windows
         if set(DISTILLED) & set(self.stages):
             windows = max(windows, options.distill.tokens // options.length)
-        return sample(texts, tokenizer, windows, options.held_out, options.length, options.seed)
+        text = sample(texts, tokenizer, windows, options.held_out, options.length, options.seed)
+        if windows > options.windows and {hessian.STAGE, block.STAGE} & set(self.stages):
+            text.record["windows_by_block"] = min(options.windows, len(text.train))
+        return text
 
     def run(self, target: Path, resume: bool, threads: int = 0) -> None:
         """Fit, or continue to; then `plan` can be converted.
@@ -161,6 +154,8 @@ class Fit:
             "plan": self.plan.fingerprint(),
             "torch": torch.__version__,
         }
+        if set(DISTILLED) & set(self.stages):  # a step has windows of every process
+            facts["processes"] = world_size()
         folder = FitFolder(target, facts, resume)
         with folder if is_main() else nullcontext(folder):  # other processes only read
             for stage in self.stages:

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from converters.hf_to_bmos import _size, main
+from converters.arguments import _size
+from converters.hf_to_bmos import main
 from tests.converters.models import make_dense, make_official
+from tests.tiny import add_tokenizer, make_packed
 from vllm_bmos.checkpoint import Checkpoint
 
 ROOT = Path(__file__).parent.parent.parent
@@ -146,6 +148,20 @@ def test_exit_code_of_wrong_usage(tmp_path, source, flags, capsys):
         main([str(source), str(tmp_path / "a"), *flags])
     assert exit.value.code == 2 and flags[0] in capsys.readouterr().err
     assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("arch", ["llama", "mixtral"])  # Mixtral's names differ on the disk
+def test_inspect_measures_every_router(tmp_path, capsys, arch):
+    packed = make_packed(arch, tmp_path / "packed")
+    add_tokenizer(packed)
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog " * 5)
+    line = ["inspect", str(packed), "--text", str(tmp_path / "text.txt")]
+    assert main([*line, "--json"]) == 0
+    layers = json.loads(capsys.readouterr().out)["layers"]
+    assert layers and all(0 < layer["router_entropy"] <= 2 for layer in layers)
+    assert main(line) == 0 and "router bits" in capsys.readouterr().out
+    (tmp_path / "text.txt").write_text("")
+    assert main(line) == 1 and "two words" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[3]))
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 
-from converters import hf_to_bmos
+from converters import arguments, hf_to_bmos
 
 as_released = AcceleratorState.__init__
 
@@ -27,5 +27,5 @@ def with_fsdp(self: AcceleratorState, *args: Any, fsdp_plugin: Any = None, **res
 
 if __name__ == "__main__":
     AcceleratorState.__init__ = with_fsdp
-    hf_to_bmos.has_gpu = lambda: True
+    arguments.has_gpu = lambda: True
     sys.exit(hf_to_bmos.main())

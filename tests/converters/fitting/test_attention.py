@@ -69,10 +69,12 @@ def test_what_it_cannot_do_is_left_to_plain_products(kind, why, caplog):
     assert model.config._attn_implementation == PLAIN
 
 
-def test_dropout_is_not_forgotten():
+def test_dropout_is_refused():
     config = CONFIGS["opt"]()
     config.attention_dropout = 0.1
+    tokens = torch.randint(0, VOCAB, (1, 10))
     model = AutoModelForCausalLM.from_config(config).eval()
-    use_fast_attention(model, torch.randint(0, VOCAB, (1, 10)))
-    assert model.config._attn_implementation == PLAIN
-    assert not model.training
+    use_fast_attention(model, tokens)
+    assert model.config._attn_implementation == NAME
+    with pytest.raises(NotImplementedError, match="dropout"):
+        model.train()(tokens)

@@ -34,6 +34,12 @@ def convert(source, name, *flags):
     return target, main([str(source), str(target), "--calibration", text, *size, *flags])
 
 
+def pack(source, name, *flags):
+    """By the data-free stage."""
+    target = source.parent / name
+    return target, main([str(source), str(target), *flags])
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_fit_from_the_command_line(source, stage, capsys):
     target, code = convert(source, "packed", "--stage", stage)
@@ -86,13 +92,13 @@ def test_a_finished_fit_is_not_repeated(source):
 
 def test_a_fit_differs_from_plain_signs(source):
     fitted, _ = convert(source, "fitted", "--stage", "hessian")
-    plain, _ = convert(source, "plain")
+    plain, _ = pack(source, "plain")
     name = f"{Checkpoint(fitted).config.modules[0]}.{IN_SCALE}"
     assert not torch.equal(Checkpoint(fitted).tensor(name), Checkpoint(plain).tensor(name))
 
 
 def test_a_stage_starts_from_a_packed_checkpoint(source, capsys):
-    first, _ = convert(source, "first", "--stage", "svid", "--experts", "1")
+    first, _ = pack(source, "first", "--experts", "1")
     target, code = convert(source, "second", "--stage", "block", "--start-from", str(first))
     assert code == 0
     record = Checkpoint(target).config.provenance
@@ -106,7 +112,7 @@ def test_a_stage_starts_from_a_packed_checkpoint(source, capsys):
     record = Checkpoint(again).config.provenance
     assert record["trained_tokens"] == 2 * record["fit"]["distill"]["tokens"] > 0
     make_dense(source.parent / "other", "llama-mqa")
-    other, _ = convert(source.parent / "other", "packed-other")
+    other, _ = pack(source.parent / "other", "packed-other")
     assert convert(source, "fourth", "--stage", "qat", "--start-from", str(other))[1] == 1
     assert "its layers are not those of" in capsys.readouterr().err
 
@@ -115,11 +121,66 @@ def test_a_dry_run_plans_the_fit_and_writes_nothing(source, capsys):
     target, code = convert(source, "dry", "--stage", "hessian", "--dry-run")
     assert code == 0 and "stage       hessian, E = 2" in capsys.readouterr().out
     assert not target.exists() and not target.with_name("dry.fit").exists()
+    code = convert(source, "dry", "--stage", "hessian", "--dry-run", "--calibration", "self:9999")[
+        1
+    ]
+    assert code == 0  # the model has written nothing
+    packed, _ = pack(source, "packed")
+    assert convert(packed, "dry", "--stage", "hessian", "--dry-run")[1] == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--calibration", "x.txt"], "--calibration: --stage svid fits nothing"),
+        (["--start-from=x"], "--start-from: --stage svid fits nothing"),
+        (["--layers", "x", "--tokens", "9", "--experts", "2"], "--experts, --tokens: the file"),
+        (["--stage", "qat", "--train-length", "2048"], "windows of --length 1024 are cut to it"),
+        (["--stage", "qat", "--calib", "x"], "--calib"),
+    ],
+)
+def test_a_flag_that_would_be_ignored_is_refused(source, capsys, flags, message):
+    with pytest.raises(SystemExit) as exit:
+        pack(source, "packed", *flags)
+    assert exit.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_an_interrupted_fit_on_other_windows_is_refused(source, monkeypatch, capsys):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(distill, "fit", stop)
+        assert convert(source, "packed", "--stage", "qat", "--tokens", "4096")[1] == 130
+    for flags in (("--windows", "7"), ("--held-out", "3")):
+        again = ("--stage", "qat", "--tokens", "4096", "--resume", *flags)
+        assert convert(source, "packed", *again)[1] == 3
+        assert "with other options" in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_a_text_that_cannot_be_measured_on_is_named_before_the_fit(source, capsys, monkeypatch):
+    monkeypatch.setattr("converters.fitting.run.Fit.run", lambda *_: pytest.fail("fitted"))
+    (source.parent / "latin.txt").write_bytes("ein Text mit \xe4".encode("latin-1"))
+    (source.parent / "short.txt").write_text("word")
+    for name, message in (
+        ("none.txt", "No such file"),
+        ("latin.txt", "utf-8"),
+        ("short.txt", "two words"),
+    ):
+        text = str(source.parent / name)
+        assert convert(source, "packed", "--stage", "hessian", "--eval-text", text)[1] == 1
+        printed = capsys.readouterr().err
+        assert name in printed and message in printed
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "No such file"), ('{"txt": 1}', '"text" in every line'), ('{"text": "x"}', "fewer")],
+    [
+        (None, "No such file"),
+        ('{"txt": 1}', 'line 1: expected a JSON object with a string "text"'),
+        ('{"text": "a"}\n\n{"text": 5}', "line 3"),
+        ('{"text": "x"}', "fewer"),
+    ],
 )
 def test_bad_text_is_named(source, capsys, content, message):
     text = source.parent / "bad.jsonl"

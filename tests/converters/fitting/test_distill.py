@@ -203,6 +203,31 @@ def test_an_interrupted_training_continues_with_the_same_bytes(setting, monkeypa
     assert all(torch.equal(whole[name], continued[name]) for name in whole)
 
 
+def test_a_checkpoint_that_was_not_written_whole_is_passed_over(setting, caplog):
+    caplog.set_level("INFO")
+    folder = setting[0] / "broken"
+    whole, torn, empty = (folder / f"checkpoint-{n}" for n in (9, 10, 100))
+    for path in (whole, torn, empty):
+        path.mkdir(parents=True)
+    (whole / "trainer_state.json").write_text('{"global_step": 9}')
+    (torn / "trainer_state.json").write_text('{"global_st')
+    assert distill.last_checkpoint(folder) == whole
+    assert not torn.exists() and not empty.exists() and "checkpoint-10 " in caplog.text
+    assert distill.last_checkpoint(setting[0] / "nothing") is None
+
+
+def test_training_is_not_disturbed_by_dropout(setting, monkeypatch):
+    seen, real = [], distill.loss_on
+
+    def watched(student, *args):
+        seen.append(student.training)
+        return real(student, *args)
+
+    monkeypatch.setattr(distill, "loss_on", watched)
+    train(setting, "eval", replace(OPTIONS, tokens=2 * 64))
+    assert len(seen) == 4 + 2 and not any(seen)  # four windows set margins
+
+
 def test_compiled_training_is_the_same_training(setting):
     few = replace(OPTIONS, tokens=8 * 64)  # later, signs flip by differences in rounding
     plain, compiled = train(setting, "plain", few), train(setting, "c", replace(few, compile=True))
