@@ -83,6 +83,7 @@ def complete(row: dict[str, Any], method: Method, model: Path, args: argparse.Na
         row.setdefault("effort", None)
     else:
         row.setdefault("effort", make(method, model, target, fit))
+        row["trained_tokens"] = check_made(method, target, fit)
     row |= bits_per_weight(target)
     for text in texts:
         row["perplexity"][text.name] = perplexity(target, args.work / method.key, text, args)
@@ -144,7 +145,6 @@ def run(args: argparse.Namespace) -> None:
         row = next((row for row in result["rows"] if row["key"] == method.key), None)
         if row is None:
             row = {"key": method.key, "name": method.name, "stage": method.stage, "E": method.E}
-            row |= {"trained_tokens": args.tokens if method.trains else 0}
             row |= {"texts": [Path(t).name for t in method.texts], "perplexity": {}}
             row |= {"zero_shot": {}}
         if not complete(row, method, args.model, args):

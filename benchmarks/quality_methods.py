@@ -61,7 +61,7 @@ class Method:
     @property
     def trains(self) -> bool:
         """Whether it uses `--tokens` on top of the calibration windows."""
-        return self.stage in FITTED_STAGES and FITTED_STAGES[str(self.stage)] is not None
+        return self.stage in (distill.KD_SCALES, distill.QAT, distill.EXPERTS)
 
 
 def methods(comparison: str, stage: str | None = None, texts: Sequence[str] = ()) -> list[Method]:
@@ -114,6 +114,10 @@ def command(method: Method, model: Path, target: Path, fit: dict[str, Any]) -> l
         target: directory to write.
         fit: the settings of `quality.py` that decide the result.
     """
+    convert = [sys.executable, str(CONVERT), str(model), str(target), "--resume"]
+    convert += ["--stage", str(method.stage), "--experts", str(method.E)]
+    if method.stage in STAGES:  # which look at no text
+        return convert
     flags = ["--windows", str(fit["windows"]), "--length", str(fit["length"])]
     flags += ["--seed", str(fit["seed"])]
     for text in method.texts or fit["calibration"]:
@@ -121,9 +125,7 @@ def command(method: Method, model: Path, target: Path, fit: dict[str, Any]) -> l
     if method.baseline is not None:
         flags += ["--steps", str(fit["steps"]), "--batch", str(fit["batch"])]
         return [sys.executable, str(QUANTIZE), method.baseline, str(model), str(target), *flags]
-    flags += ["--stage", str(method.stage), "--experts", str(method.E)]
-    flags += ["--tokens", str(fit["tokens"]), "--resume"]
-    return [sys.executable, str(CONVERT), str(model), str(target), *flags]
+    return [*convert, *flags, "--tokens", str(fit["tokens"])]
 
 
 def make(method: Method, model: Path, target: Path, fit: dict[str, Any]) -> dict[str, Any] | None:
@@ -138,7 +140,7 @@ def make(method: Method, model: Path, target: Path, fit: dict[str, Any]) -> dict
         ValueError: if what is there was made otherwise.
     """
     if (target / (REPORT if method.baseline else CONFIG_FILE)).exists():
-        check_made(method, target, fit)
+        check_made(method, target, fit, here=True)
         return None
     whole = not target.with_name(target.name + ".fit").exists() and not target.exists()
     began = time.monotonic()
@@ -158,10 +160,16 @@ def make(method: Method, model: Path, target: Path, fit: dict[str, Any]) -> dict
     }
 
 
-def check_made(method: Method, target: Path, fit: dict[str, Any]) -> int:
+def check_made(method: Method, target: Path, fit: dict[str, Any], here: bool = False) -> int:
     """Check that a model was made by a method, on the same calibration windows.
 
     The model says by itself how it was made: `quantization.json` or the checkpoint's provenance.
+
+    Args:
+        method: the method.
+        target: the model.
+        fit: the settings of `quality.py` that decide the result.
+        here: whether this script made it, so that training must be as the settings say too.
 
     Returns:
         On how many tokens it was trained beyond calibration, in all stages that led to it.
@@ -179,7 +187,7 @@ def check_made(method: Method, target: Path, fit: dict[str, Any]) -> int:
         found = config.provenance
         said = {"stage": found.get("stage"), "E": config.num_experts}
         wanted = {"stage": method.stage, "E": method.E}
-    if method.baseline != FLOAT16 and method.stage != "svid":  # these look at no text
+    if method.baseline != FLOAT16 and method.stage not in STAGES:  # these look at no text
         texts = method.texts or fit["calibration"] or MEMBERS
         wanted |= {what: fit[what] for what in ("windows", "length", "seed")}
         wanted["texts"] = [Path(text).name for text in texts]
@@ -189,6 +197,11 @@ def check_made(method: Method, target: Path, fit: dict[str, Any]) -> int:
         if method.trains:  # whose record counts the windows of training
             said["windows"] = wanted["windows"]
             tokens = int(found["trained_tokens"])
+    if here and method.trains:
+        wanted["tokens"], said["tokens"] = fit["tokens"], found["fit"]["distill"]["tokens"]
+    if here and method.baseline == OMNIQUANT:
+        wanted |= {what: fit[what] for what in ("steps", "batch")}
+        said |= {what: found.get(what) for what in ("steps", "batch")}
     if said != wanted:
         raise ValueError(f"{method.key}: {target} was made by {said}, not by {wanted}.")
     return tokens

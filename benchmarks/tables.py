@@ -111,6 +111,9 @@ def serving_table(result: dict[str, Any]) -> str:
     ours = next(row for row in rows if row["provider"] == "vllm_bmos")
     loaded = ours.get("loaded_beyond_vllm_gb")  # not in results of older versions
     after = f", {loaded:.2f} after these requests" if loaded is not None else ""
+    for name in result.get("missing", {}):
+        provider, _, mode = name.partition(" ")
+        lines += ["", f"{label(provider, mode)} ended with an error there."]
     lines += [
         "",
         f"Its server holds {ours['resident_beyond_vllm_gb']:.2f} GB more than a tiny model's when "
@@ -123,7 +126,9 @@ def linear_table(result: dict[str, Any]) -> str:
     """Microseconds of one linear layer with cold weights, one token and 512."""
     rows = [row for row in result["rows"] if row["weights"] == "cold"]
     columns = [(K, N, M) for M in (1, 512) for K, N in SHAPES]
-    dtype = f", {rows[0]['dtype']}" if "gpu" in result["machine"] else ""
+    on_gpu = "gpu" in result["machine"]
+    dtype = f", {rows[0]['dtype']}" if on_gpu else ""
+    flags = f" --dtype {rows[0]['dtype']}" if on_gpu else ""
     experts = max(row["E"] for row in rows if row["provider"] == "vllm_bmos")
     found: dict[tuple[str, str, int, int, int], float] = {}
     for row in rows:
@@ -132,7 +137,7 @@ def linear_table(result: dict[str, Any]) -> str:
             found[key] = row["median_us"]
     lines = [
         f"One linear layer (E={experts}{dtype}), median microseconds with cold weights on "
-        f"{machine(result)}; `python benchmarks/linear.py`:",
+        f"{machine(result)}; `python benchmarks/linear.py{flags}`:",
         "",
         "| K x N, M | " + " | ".join(f"{K} x {N}, {M}" for K, N, M in columns) + " |",
         "| --- |" + " ---: |" * len(columns),
@@ -166,7 +171,9 @@ def draft_table(result: dict[str, Any]) -> str:
         f"A dense {result['dtype']} model of the shape {pair['shape']} ({pair['layers']} layers) "
         "whose packed twin drafts for it and is right about "
         f"{result['simulated_acceptance']:.0%} of the tokens by construction, one request, on "
-        f"{machine(result)}; `python benchmarks/draft.py`:",
+        f"{machine(result)}; `python benchmarks/draft.py --shape {pair['shape']} --draft-tokens "
+        f"{' '.join(str(row['draft_tokens']) for row in result['drafted'])} "
+        f"--tokens {result['tokens']}`:",
         "",
         "| tokens drafted a step | tokens/s | tokens a step | answers equal to the dense model's |",
         "| ---: | ---: | ---: | ---: |",
@@ -200,10 +207,10 @@ def quality_table(result: dict[str, Any]) -> str:
     lines = [
         f"Quality of {MODEL_NAMES.get(result['model'], result['model'])}: perplexity on "
         f"{' and '.join(texts)} ({windows} of {fit['context']} tokens, {fit['backend']} "
-        f"{fit['dtype']}), every method fitted on the same {tokens:,} tokens of {source} unless it "
-        "says otherwise, and those stages that train on as many again as stated. Bits are per "
-        "quantized weight: all that is stored, and what the method's paper counts. Baselines are "
-        "dense models with quantized values; `python benchmarks/quality.py`:",
+        f"{fit['dtype']}), every method fitted on the same {tokens:,} tokens of {source} unless "
+        "its name says otherwise; rows with trained tokens were then trained on that many more. "
+        "Bits are per quantized weight: all that is stored, and what the method's paper counts. "
+        "Baselines are dense models with quantized values; `python benchmarks/quality.py`:",
         "",
         "| " + " | ".join(head) + " |",
         "| --- |" + " ---: |" * (len(head) - 1),

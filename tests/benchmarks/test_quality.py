@@ -9,6 +9,7 @@ import quality_cost
 import quality_methods
 from memory import MODELS
 
+from converters.calibration import MEMBERS
 from tests.tiny import add_tokenizer, make_packed, random_model
 
 EFFORT = {"seconds": 2.0, "cpu_seconds": 3.0, "peak_rss_bytes": 1, "whole": True}
@@ -23,6 +24,11 @@ def folder(tmp_path, monkeypatch):
 
     def make(method, model, target, fit):
         calls.append(("make", method.key))
+        record = {what: fit[what] for what in ("windows", "length", "seed")}
+        record["texts"] = [{"name": name} for name in fit["calibration"] or MEMBERS]
+        target.mkdir(exist_ok=True)
+        report = {"method": method.key, "calibration": record}
+        (target / "quantization.json").write_text(json.dumps(report))
         return EFFORT
 
     def script(name, target, output, flags, args):
@@ -111,7 +117,8 @@ def test_every_method_has_the_same_calibration_flags(tmp_path):
     fit |= {"steps": 2, "batch": 1}
     for method in quality_methods.methods("paper"):
         line = " ".join(quality_methods.command(method, tmp_path, tmp_path / "out", fit))
-        assert "--windows 5 --length 64 --seed 3 --calibration a.txt" in line
+        looks_at_text = method.stage != "svid"
+        assert ("--windows 5 --length 64 --seed 3 --calibration a.txt" in line) == looks_at_text
     mine = quality_methods.methods("calibration", "hessian", ["dir/mine.txt", "b.jsonl"])
     assert [method.key for method in mine] == ["hessian-e1-mine", "hessian-e1-b", "hessian-e1"]
     assert [method.texts for method in mine] == [("dir/mine.txt",), ("b.jsonl",), ()]
@@ -172,6 +179,25 @@ def test_a_model_that_is_there_is_not_made_again(tmp_path, monkeypatch):
     (tmp_path / "quantization.json").write_text(json.dumps({"method": "float16"}))
     monkeypatch.setattr(quality_methods, "command", None)
     assert quality_methods.make(method, tmp_path, tmp_path, {}) is None
+
+
+@pytest.mark.parametrize("change", [{"tokens": 8}, {"windows": 6}, {}])
+def test_a_model_that_was_trained_otherwise_is_refused(tmp_path, change):
+    record = {"windows": 99, "length": 64, "seed": 3, "texts": [{"name": "a.txt"}]}
+    provenance = {"stage": "qat", "calibration": record, "trained_tokens": 9}
+    provenance["fit"] = {"distill": {"tokens": 9}}
+    make_packed("llama", tmp_path / "model", E=1)
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    config["quantization_config"]["provenance"] = provenance
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    fit = {"windows": 5, "length": 64, "seed": 3, "calibration": ["a.txt"], "tokens": 9} | change
+    (method,) = [m for m in quality_methods.methods("paper") if m.key == "qat-e1"]
+    assert quality_methods.check_made(method, tmp_path / "model", fit) == 9
+    if "tokens" in change:
+        with pytest.raises(ValueError, match="'tokens': 9}, not by"):
+            quality_methods.make(method, tmp_path, tmp_path / "model", fit)
+    else:
+        assert quality_methods.make(method, tmp_path, tmp_path / "model", fit) is None
 
 
 def test_cost_is_proportional_to_layers():

@@ -103,6 +103,7 @@ def test_draft_rows_are_beside_the_dense_model_alone(tmp_path: Path) -> None:
     result = {
         "machine": {"cpu": "Some CPU", "threads": 2},
         "dtype": "bfloat16",
+        "tokens": 40,
         "pair": {"shape": "llama-1b", "layers": 22},
         "simulated_acceptance": 0.8,
         "alone": {"tokens_per_s": 7.9},
@@ -119,5 +120,6 @@ def test_draft_rows_are_beside_the_dense_model_alone(tmp_path: Path) -> None:
     lines = tables.tables(tmp_path).splitlines()
     assert "llama-1b (22 layers)" in lines[0]
     assert "80% of the tokens" in lines[0]
+    assert "draft.py --shape llama-1b --draft-tokens 3 --tokens 40`" in lines[0]
     assert "| 0 | 7.9 | 1 | |" in lines
     assert "| 3 | 13.2 | 3.0 | 4 of 4 |" in lines
