@@ -12,7 +12,8 @@
 # Variables: PYTHON=python3.12  BACKEND=cuda  TORCH_INDEX=...  FIT=...
 
 PYTHON ?= python3
-BACKEND ?= cpu
+# What .venv was set up for, unless it is given.
+BACKEND ?= $(patsubst $(VENV)/.setup-%,%,$(firstword $(wildcard $(VENV)/.setup-*) $(VENV)/.setup-cpu))
 FIT ?= quick
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
@@ -34,6 +35,7 @@ $(STAMP): pyproject.toml $(wildcard requirements/*.txt) packaging/vllm/pyproject
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, found " + sys.version.split()[0] + "; set PYTHON=") if sys.version_info < (3, 11) else 0'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@scripts/setup-$(BACKEND).sh $(BIN)/python $(TORCH_INDEX) $(VLLM)
+	@rm -f $(VENV)/.setup-*
 	@touch $@
 
 demo: setup

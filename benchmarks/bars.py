@@ -53,9 +53,10 @@ def linear_bars(result: dict[str, Any]) -> Iterator[Bar]:
         return rows["vllm_bmos", mode, 4, K, N, M]
 
     def gain(mode: str, K: int, N: int, M: int) -> float:
-        dense = next(
-            row for key, row in rows.items() if key[0] == "vllm_bf16" and key[3:] == (K, N, M)
-        )
+        found = [row for key, row in rows.items() if key[0] == "vllm_bf16" and key[3:] == (K, N, M)]
+        if not found:
+            raise SystemExit(f"--linear: no row of vllm_bf16 at K={K} N={N} M={M} to compare with")
+        (dense,) = found
         return float(dense["median_us"] / ours(mode, K, N, M)["median_us"])
 
     def each(value: Callable[[int, int], float], shown: str) -> str:

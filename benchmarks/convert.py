@@ -69,7 +69,12 @@ def convert(source: Path, target: Path, *flags: str) -> dict[str, float]:
     began = time.monotonic()
     command = [*CONVERTER, str(source), str(target), "--quiet", *flags]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
+    try:
+        _, status, usage = os.wait4(process.pid, 0)
+    except BaseException:
+        process.terminate()
+        process.wait()
+        raise
     if status != 0:
         raise SystemExit(f"the conversion of {source} ended with status {status}")
     return {
@@ -122,7 +127,8 @@ def main() -> None:
     for seed in range(args.kills):
         kill = kill_and_resume(source, again, jobs, seed)
         kill["identical"] = sums(again) == wanted
-        kills.append(kill)
+        if kill["killed"]:  # else it ended before its kill
+            kills.append(kill)
         shutil.rmtree(again)
     result = {
         "machine": facts,

@@ -13,6 +13,7 @@ real pair, say a model and its own fit, and SmolLM2's chat prompts.
 import argparse
 import gc
 import os
+import statistics
 import sys
 import tempfile
 import time
@@ -207,7 +208,7 @@ def run(
     rates = sorted(args.tokens / seconds for seconds in times)
     row: dict[str, Any] = {
         "draft_tokens": count,
-        "tokens_per_s": round(rates[len(rates) // 2], 2),
+        "tokens_per_s": round(statistics.median(rates), 2),
         "tokens_per_s_all": [round(rate, 2) for rate in rates],
         "answers": f"{len(answers)} of {len(answers)}",
     }

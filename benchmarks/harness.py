@@ -17,7 +17,7 @@ import torch
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
-SYSFS_CACHE = Path("/sys/devices/system/cpu/cpu0/cache")
+SYSFS_CPU = Path("/sys/devices/system/cpu")
 DISTRIBUTIONS = (
     "torch",
     "vllm",
@@ -68,9 +68,10 @@ def usable_cores() -> int:
 def start(threads: int) -> None:
     """Set up logging to stderr and the thread count of torch and of every OpenMP user.
 
-    A SIGTERM from now on raises SystemExit, so that servers that are running are stopped.
+    A SIGTERM or SIGHUP from now on raises SystemExit, so that servers that are running are stopped.
     """
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda found, _: sys.exit(128 + found))
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
     for noisy in ("vllm", "vllm_bmos", "matplotlib"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
@@ -80,7 +81,7 @@ def start(threads: int) -> None:
 
 def machine_facts(threads: int) -> dict[str, Any]:
     """Processor, memory, versions, thread count and commit of this run."""
-    cpu = _cpu_info()
+    cpu = cpu_info()
     facts: dict[str, Any] = {
         "cpu": cpu.get("model name", platform.processor()),
         "cpu_family_model": f"{cpu.get('cpu family', '?')}/{cpu.get('model', '?')}",
@@ -115,15 +116,24 @@ def commit() -> str:
 
 
 def cache_sizes() -> dict[str, int]:
-    """Bytes of each data cache that core 0 sees, by level: {"L1": ..., "L2": ..., "L3": ...}."""
+    """Bytes of the data caches by level: {"L1": ..., "L2": ..., "L3": ...}.
+
+    Of the first two those that one core sees, of the third all that the usable cores see together,
+    as on some processors groups of cores have an L3 each.
+    """
     sizes: dict[str, int] = {}
-    for index in sorted(SYSFS_CACHE.glob("index*")):
-        if (index / "type").read_text().strip() != "Instruction":
+    shared: dict[str, int] = {}
+    for core in sorted(os.sched_getaffinity(0)):
+        for index in sorted((SYSFS_CPU / f"cpu{core}" / "cache").glob("index*")):
+            if (index / "type").read_text().strip() == "Instruction":
+                continue
             size = (index / "size").read_text().strip()
-            unit = {"K": 2**10, "M": 2**20}.get(size[-1], 1)
+            nbytes = int(size.rstrip("KM")) * {"K": 2**10, "M": 2**20}.get(size[-1], 1)
             level = (index / "level").read_text().strip()
-            sizes[f"L{level}"] = int(size.rstrip("KM")) * unit
-    return sizes
+            sizes.setdefault(f"L{level}", nbytes)
+            if level == "3":
+                shared[(index / "shared_cpu_list").read_text().strip()] = nbytes
+    return sizes | ({"L3": sum(shared.values())} if shared else {})
 
 
 def resident_bytes(pids: Iterable[int]) -> int:
@@ -151,7 +161,8 @@ def print_facts(facts: dict[str, Any]) -> None:
         logger.info("%-16s %s", key, value)
 
 
-def _cpu_info() -> dict[str, str]:
+def cpu_info() -> dict[str, str]:
+    """What Linux says of core 0."""
     path = Path("/proc/cpuinfo")
     if not path.exists():
         return {}

@@ -79,21 +79,17 @@ def main() -> int:
     timer: Timer = CudaTimer() if device == "cuda" else CpuTimer()
     rows: list[dict[str, Any]] = []
     wrong: list[str] = []
+    overhead = call_overhead_us(args.E) if "vllm_bmos" in args.providers else None
+    result: dict[str, Any] = {"machine": machine, "missing": missing, "wrong": wrong}
+    result |= {"mixing": [], "call_overhead_us": overhead, "rows": rows}
     for K, N in args.shapes:
         weights = Weights.random(K, N, DTYPES[args.dtype], device)
         for row in bench_shape(weights, peers, args, timer, wrong):
             rows.append(row | rates(row, limits))
         print_table(rows, K, N)
+        result["mixing"] = mixing_overhead(rows, args.E)
+        write_json(args.json, result)
         release_memory()
-    result = {
-        "machine": machine,
-        "missing": missing,
-        "wrong": wrong,
-        "mixing": mixing_overhead(rows, args.E),
-        "call_overhead_us": call_overhead_us(args.E) if "vllm_bmos" in args.providers else None,
-        "rows": rows,
-    }
-    write_json(args.json, result)
     plot_linear(result, args.json.with_suffix(".png"))
     return 1 if any(case.startswith("vllm_bmos:") for case in wrong) else 0
 
@@ -115,7 +111,10 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     args = parser.parse_args(arguments)
     if args.quick:
-        args.shapes, args.M, args.rounds = QUICK_SHAPES, QUICK_M, 4
+        for name, value in (("shapes", QUICK_SHAPES), ("M", QUICK_M), ("rounds", 4)):
+            if getattr(args, name) != parser.get_default(name):
+                parser.error(f"--quick sets --{name}; leave one out")
+            setattr(args, name, value)
     try:
         args.shapes = [shape for name in args.shapes for shape in parse_shape(name)]
     except ValueError as error:
@@ -176,18 +175,23 @@ def bench_shape(
                 try:
                     ring = copies.ring(x[:M], hot)
                     errors[case] = relative_error(ring, truths[case.E][:M])
+                    if errors[case] <= case.mode.tolerance:
+                        rings[case] = warm_up(ring, warm_up_seconds)
+                        continue
                 except Exception as error:
                     note_failure(error, f"{case} K={weights.K} N={weights.N} M={M}", wrong)
-                    continue
-                if errors[case] <= case.mode.tolerance:
-                    rings[case] = warm_up(ring, warm_up_seconds)
                     continue
                 wrong.append(
                     f"{case} K={weights.K} N={weights.N} M={M}: relative error "
                     f"{errors[case]:.2e} is above {case.mode.tolerance:.0e}; not timed"
                 )
                 logger.error("wrong result: %s", wrong[-1])
-            for case, summary in time_interleaved(rings, timer, args.rounds, patience).items():
+
+            def failed(case: Case, error: Exception, M: int = M) -> None:
+                note_failure(error, f"{case} K={weights.K} N={weights.N} M={M}", wrong)
+
+            timed = time_interleaved(rings, timer, args.rounds, patience, failed)
+            for case, summary in timed.items():
                 plain = {"call_us": plain_call_us(rings[case])} if weights.device != "cpu" else {}
                 yield {
                     "provider": case.provider,

@@ -8,6 +8,7 @@ sequence, through llama_decode of the llama-cpp-python package.
 
 import argparse
 import ctypes
+import faulthandler
 import json
 import random
 import statistics
@@ -104,14 +105,20 @@ def measure(path: Path, args: argparse.Namespace) -> dict[str, float | dict[str,
     """Load time, prefill and decode rates, and resident memory of this process."""
     import llama_cpp
 
-    silent = llama_cpp.llama_log_callback(lambda *_: None)
-    llama_cpp.llama_log_set(silent, ctypes.c_void_p(0))
+    said: list[str] = []
+    collect = llama_cpp.llama_log_callback(
+        lambda _, text, __: said.append(text.decode(errors="replace"))
+    )
+    llama_cpp.llama_log_set(collect, ctypes.c_void_p(0))
+    faulthandler.enable()
     llama_cpp.llama_backend_init()
     before = resident_bytes([])
     begin = time.perf_counter()
     model_params = llama_cpp.llama_model_default_params()
     model = llama_cpp.llama_model_load_from_file(str(path).encode(), model_params)
     load_seconds = time.perf_counter() - begin
+    if not model:
+        raise RuntimeError(f"llama.cpp cannot load {path}: {''.join(said[-9:])}")
     params = llama_cpp.llama_context_default_params()
     params.n_ctx = max(args.prompt, max(args.batch) * (DECODE_PROMPT + args.output))
     params.n_batch = params.n_ubatch = args.prompt
@@ -119,6 +126,8 @@ def measure(path: Path, args: argparse.Namespace) -> dict[str, float | dict[str,
     params.kv_unified = True
     params.n_threads = params.n_threads_batch = args.threads
     context = llama_cpp.llama_init_from_model(model, params)
+    if not context:
+        raise RuntimeError(f"llama.cpp cannot make a context: {''.join(said[-9:])}")
     vocabulary = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
     batch = llama_cpp.llama_batch_init(params.n_batch, 0, 1)
 

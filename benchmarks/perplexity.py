@@ -227,7 +227,7 @@ def main() -> int:
         logger.error("error: %s", error)
         return 2
     write_json(args.json, result)
-    if disagreement(result["rows"]) > AGREEMENT:
+    if not disagreement(result["rows"]) <= AGREEMENT:  # so that NaN is no agreement
         logger.error("the backends disagree by more than %.0f %%", 100 * AGREEMENT)
         return 1
     return 0

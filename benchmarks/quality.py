@@ -7,9 +7,10 @@
 
 Every method is made in DIR by a command of its own, on the same calibration windows. Its model is
 then scored by perplexity.py and, with --zero-shot, by zero_shot.py. A row is written when it is
-complete and never made again; an interrupted method continues. Stages kd-scales and qat see
---tokens in addition: their rows say so. Baselines are dense models with quantized values. A model
-that was made elsewhere, on the same calibration windows, is scored where it is: --made qat-e1=DIR.
+complete and never made again; an interrupted method continues (omniquant starts again). Stages
+kd-scales, qat and experts see --tokens in addition: their rows say so. Baselines are dense models
+with quantized values. A model that was made elsewhere, on the same calibration windows, is scored
+where it is: --made qat-e1=DIR.
 """
 
 import argparse
@@ -44,6 +45,7 @@ from quality_methods import (
     check_made,
     make,
     methods,
+    trained_tokens,
 )
 
 FIT = ("windows", "length", "seed", "calibration", "tokens", "steps", "batch")
@@ -79,11 +81,11 @@ def complete(row: dict[str, Any], method: Method, model: Path, args: argparse.Na
     fit = {name: getattr(args, name) for name in FIT}
     target = args.made.get(method.key, args.work / method.key)
     if method.key in args.made:
-        row["trained_tokens"] = check_made(method, target, fit)
+        check_made(method, target, fit)
         row.setdefault("effort", None)
     else:
-        row.setdefault("effort", make(method, model, target, fit))
-        row["trained_tokens"] = check_made(method, target, fit)
+        row.setdefault("effort", make(method, model, target, fit, args.threads))
+    row["trained_tokens"] = trained_tokens(target)
     row |= bits_per_weight(target)
     for text in texts:
         row["perplexity"][text.name] = perplexity(target, args.work / method.key, text, args)

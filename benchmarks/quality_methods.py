@@ -105,7 +105,9 @@ def _ours(stage: str, E: int, label: str = "", text: str = "") -> Method:
     return Method(key, name, None, stage, E)
 
 
-def command(method: Method, model: Path, target: Path, fit: dict[str, Any]) -> list[str]:
+def command(
+    method: Method, model: Path, target: Path, fit: dict[str, Any], threads: int
+) -> list[str]:
     """The command that makes a method's model; run again, it continues.
 
     Args:
@@ -113,9 +115,10 @@ def command(method: Method, model: Path, target: Path, fit: dict[str, Any]) -> l
         model: the dense model.
         target: directory to write.
         fit: the settings of `quality.py` that decide the result.
+        threads: that it may use.
     """
     convert = [sys.executable, str(CONVERT), str(model), str(target), "--resume"]
-    convert += ["--stage", str(method.stage), "--experts", str(method.E)]
+    convert += ["--stage", str(method.stage), "--experts", str(method.E), "--jobs", str(threads)]
     if method.stage in STAGES:  # which look at no text
         return convert
     flags = ["--windows", str(fit["windows"]), "--length", str(fit["length"])]
@@ -124,11 +127,14 @@ def command(method: Method, model: Path, target: Path, fit: dict[str, Any]) -> l
         flags += ["--calibration", text]
     if method.baseline is not None:
         flags += ["--steps", str(fit["steps"]), "--batch", str(fit["batch"])]
+        flags += ["--threads", str(threads)]
         return [sys.executable, str(QUANTIZE), method.baseline, str(model), str(target), *flags]
-    return [*convert, *flags, "--tokens", str(fit["tokens"])]
+    return [*convert, *flags, *(("--tokens", str(fit["tokens"])) if method.trains else ())]
 
 
-def make(method: Method, model: Path, target: Path, fit: dict[str, Any]) -> dict[str, Any] | None:
+def make(
+    method: Method, model: Path, target: Path, fit: dict[str, Any], threads: int
+) -> dict[str, Any] | None:
     """Make a method's model, unless it is there.
 
     Returns:
@@ -144,10 +150,11 @@ def make(method: Method, model: Path, target: Path, fit: dict[str, Any]) -> dict
         return None
     whole = not target.with_name(target.name + ".fit").exists() and not target.exists()
     began = time.monotonic()
-    process = subprocess.Popen(command(method, model, target, fit), stdout=sys.stderr)
+    process = subprocess.Popen(command(method, model, target, fit, threads), stdout=sys.stderr)
     try:
         _, status, usage = os.wait4(process.pid, 0)
-    except KeyboardInterrupt:
+    except BaseException:  # a signal to us alone: it continues when it is run again
+        process.terminate()
         process.wait()
         raise
     if status != 0:
@@ -160,7 +167,14 @@ def make(method: Method, model: Path, target: Path, fit: dict[str, Any]) -> dict
     }
 
 
-def check_made(method: Method, target: Path, fit: dict[str, Any], here: bool = False) -> int:
+def trained_tokens(target: Path) -> int:
+    """On how many tokens a model was trained beyond calibration, in all stages that led to it."""
+    if (target / REPORT).exists():
+        return 0
+    return int(Checkpoint(target).config.provenance.get("trained_tokens", 0))
+
+
+def check_made(method: Method, target: Path, fit: dict[str, Any], here: bool = False) -> None:
     """Check that a model was made by a method, on the same calibration windows.
 
     The model says by itself how it was made: `quantization.json` or the checkpoint's provenance.
@@ -171,13 +185,9 @@ def check_made(method: Method, target: Path, fit: dict[str, Any], here: bool = F
         fit: the settings of `quality.py` that decide the result.
         here: whether this script made it, so that training must be as the settings say too.
 
-    Returns:
-        On how many tokens it was trained beyond calibration, in all stages that led to it.
-
     Raises:
         ValueError: if it was made otherwise.
     """
-    tokens = 0
     if (target / REPORT).exists():
         found = json.loads((target / REPORT).read_text(encoding="utf-8"))
         said: dict[str, Any] = {"method": found["method"]}
@@ -190,13 +200,14 @@ def check_made(method: Method, target: Path, fit: dict[str, Any], here: bool = F
     if method.baseline != FLOAT16 and method.stage not in STAGES:  # these look at no text
         texts = method.texts or fit["calibration"] or MEMBERS
         wanted |= {what: fit[what] for what in ("windows", "length", "seed")}
-        wanted["texts"] = [Path(text).name for text in texts]
+        wanted["texts"] = [text if text.startswith("hf:") else Path(text).name for text in texts]
         record = found.get("calibration", {})
         said |= {what: record.get(what) for what in ("windows", "length", "seed")}
         said["texts"] = [text["name"] for text in record.get("texts", [])]
         if method.trains:  # whose record counts the windows of training
             said["windows"] = wanted["windows"]
-            tokens = int(found["trained_tokens"])
+        if here and said["windows"] is not None:  # short texts have fewer
+            wanted["windows"] = min(said["windows"], wanted["windows"])
     if here and method.trains:
         wanted["tokens"], said["tokens"] = fit["tokens"], found["fit"]["distill"]["tokens"]
     if here and method.baseline == OMNIQUANT:
@@ -204,7 +215,6 @@ def check_made(method: Method, target: Path, fit: dict[str, Any], here: bool = F
         said |= {what: found.get(what) for what in ("steps", "batch")}
     if said != wanted:
         raise ValueError(f"{method.key}: {target} was made by {said}, not by {wanted}.")
-    return tokens
 
 
 def bits_per_weight(target: Path) -> dict[str, float]:

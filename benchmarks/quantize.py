@@ -4,7 +4,8 @@
 
 OUT is a Hugging Face directory with replaced weights (fake quantization) and `quantization.json`:
 the method, its bits per weight and the calibration text. That text is the one that
-`hf_to_bmos.py` fits on when its flags are the same. A killed run continues.
+`hf_to_bmos.py` fits on when its flags are the same. A killed run continues; one of omniquant starts
+again.
 """
 
 import argparse

@@ -40,6 +40,7 @@ from make_model import SHAPES, make_bmos_model, make_dense_model
 from safetensors.torch import save_file
 from traffic import (
     ADAPTERS,
+    ERRORS,
     MODEL,
     TIMEOUT_SECONDS,
     Job,
@@ -267,7 +268,8 @@ def stop_in_the_middle(server: Server, tokens: int) -> dict[str, Any]:
     async def ask() -> None:
         async def one(client: httpx.AsyncClient) -> None:
             try:
-                ends.append("answered" if await answer(client, job) else "empty")
+                text = await answer(client, job)
+                ends.append(f"status {text}" if text in ERRORS else "answered" if text else "empty")
             except httpx.HTTPError as error:
                 ends.append(type(error).__name__)
 

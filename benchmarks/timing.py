@@ -200,22 +200,43 @@ def kernels_us(ring: Ring) -> dict[str, float]:
 
 
 def time_interleaved(
-    rings: Mapping[Key, Ring], timer: Timer, rounds: int, patience: float = float("inf")
+    rings: Mapping[Key, Ring],
+    timer: Timer,
+    rounds: int,
+    patience: float = float("inf"),
+    failed: Callable[[Key, Exception], None] | None = None,
 ) -> dict[Key, Summary]:
     """Time every ring, a round of each in turn, so that noise of the machine meets all alike.
 
     The order is another one in each round: what ran just before leaves its mark (the clock after
     wide arithmetic, the caches), and should not always leave it on the same ring. A ring whose
-    rounds have taken `patience` seconds gets no more of them.
+    rounds have taken `patience` seconds gets no more of them. One that raises is left out, if
+    `failed` takes its error.
     """
-    samplers = {key: timer.sampler(ring) for key, ring in rings.items()}
+    samplers: dict[Key, Callable[[], list[float]]] = {}
     samples: dict[Key, list[float]] = {key: [] for key in rings}
-    order, shuffler, spent = list(samplers), random.Random(0), dict.fromkeys(rings, 0.0)
+    order, shuffler, spent = list(rings), random.Random(0), dict.fromkeys(rings, 0.0)
+
+    def sample(key: Key) -> None:
+        begin = time.perf_counter()
+        samples[key] += samplers[key]()
+        spent[key] += time.perf_counter() - begin
+
+    def prepare(key: Key) -> None:
+        samplers[key] = timer.sampler(rings[key])
+
+    def each(action: Callable[[Key], None]) -> None:
+        for key in list(order):
+            try:
+                action(key)
+            except Exception as error:
+                if failed is None:
+                    raise
+                failed(key, error)
+                order.remove(key)
+
+    each(prepare)
     for _ in range(rounds):
         shuffler.shuffle(order)
-        for key in order:
-            if spent[key] < patience:
-                begin = time.perf_counter()
-                samples[key] += samplers[key]()
-                spent[key] += time.perf_counter() - begin
-    return {key: summarize(taken) for key, taken in samples.items()}
+        each(lambda key: sample(key) if spent[key] < patience else None)
+    return {key: summarize(samples[key]) for key in rings if key in order}

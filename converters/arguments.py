@@ -6,15 +6,22 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from converters.fitting import FITTED_STAGES, STAGES
+from converters.fitting import FITTED_STAGES, STAGES, stages_up_to
 from converters.fitting.distributed import has_gpu, world_size
 from vllm_bmos.checkpoint.format import MAX_EXPERTS, SCALE_DTYPES
 
 COMMANDS = ("convert", "verify", "inspect", "extract")
-FIT_FLAGS = {
-    *("--calibration", "--start-from", "--windows", "--length", "--held-out", "--tokens"),
-    *("--epochs", "--batch", "--train-length", "--save-steps", "--latent-lr", "--scale-lr"),
-    *("--hidden", "--compile", "--fsdp", "--seed"),
+TEXT_FLAGS = {"--calibration", "--windows", "--length", "--seed"}
+SCALE_FLAGS = {
+    *("--held-out", "--tokens", "--batch", "--train-length", "--save-steps", "--scale-lr"),
+    *("--hidden", "--compile", "--fsdp"),
+}
+STAGE_FLAGS: dict[str, set[str]] = {  # what each fitted stage looks at
+    "hessian": TEXT_FLAGS,
+    "block": {*TEXT_FLAGS, "--held-out", "--epochs", "--batch", "--latent-lr", "--scale-lr"},
+    "kd-scales": TEXT_FLAGS | SCALE_FLAGS,
+    "qat": {*TEXT_FLAGS, *SCALE_FLAGS, "--latent-lr"},
+    "experts": {*TEXT_FLAGS, *SCALE_FLAGS, "--latent-lr"},
 }
 EXIT_CODES = """
 exit codes: 0 done; 1 the source or checkpoint is malformed or unsupported; 2 wrong usage;
@@ -188,14 +195,23 @@ def _check_flags(
     if args.fsdp and not has_gpu():
         parser.error("--fsdp: accelerate has FSDP for GPUs only, found none; leave it out")
     named = {part.partition("=")[0] for part in given}
+    unused = {"--start-from"}.union(*STAGE_FLAGS.values())
     if args.layers:
         if args.stage in FITTED_STAGES:
             parser.error(f"--layers: nothing is fitted, found --stage {args.stage}; leave one out")
-        ignored = {*FIT_FLAGS, "--stage", "--experts", "--scale-dtype", "--ignore"} & named
+        unused |= {"--stage", "--experts", "--scale-dtype", "--ignore"}
         reason = "the file of --layers decides that"
-    else:
-        ignored = set() if args.stage in FITTED_STAGES else FIT_FLAGS & named
+    elif args.stage not in FITTED_STAGES:
         reason = f"--stage {args.stage} fits nothing on text"
+    else:
+        stages = [args.stage] if args.start_from else list(stages_up_to(args.stage))
+        unused = unused.difference(*(STAGE_FLAGS[stage] for stage in stages))
+        if FITTED_STAGES[args.stage] is not None:
+            unused.remove("--start-from")
+        reason = f"unused by --stage {args.stage}"
+        if FITTED_STAGES[args.stage] is None:
+            reason += ", which starts from the dense weights"
+    ignored = unused & named
     if ignored:
         parser.error(f"{', '.join(sorted(ignored))}: {reason}; leave it out")
     if args.train_length and args.train_length > args.length:

@@ -56,7 +56,8 @@ def router_entropy(path: Path, text: str) -> dict[str, float]:
     entropy: dict[str, float] = {}
 
     def watch(name: str, layer: Any, inputs: tuple[torch.Tensor, ...]) -> None:
-        entropy[name] = gate_entropy(layer.gates(inputs[0]))
+        if inputs[0].numel():  # a feed-forward expert may have got no token
+            entropy[name] = gate_entropy(layer.gates(inputs[0]))
 
     modules = model.config.quantization_config.config.modules
     for name, own in zip(modules, own_names(model, modules), strict=True):

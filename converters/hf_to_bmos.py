@@ -160,14 +160,14 @@ def read_text(file: Path) -> str:
     """A text to measure on.
 
     Raises:
-        CalibrationError: if it is not there, not UTF-8 or has too little in it.
+        CalibrationError: if it is not there, not UTF-8 or empty.
     """
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise CalibrationError(f"{file}: {error}. Give a UTF-8 text file.") from None
-    if len(text.split()) < 2:
-        raise CalibrationError(f"{file}: expected at least two words of text, found {text!r}.")
+    if len(text.strip()) < 2:
+        raise CalibrationError(f"{file}: expected text, found {len(text)} characters.")
     return text
 
 

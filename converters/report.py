@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from converters.fitting import FITTED_STAGES
 from converters.plan import Plan
 from vllm_bmos.checkpoint.container import spec_bytes
 from vllm_bmos.checkpoint.format import IN_SCALE, OUT_SCALE, REQUIRED, WEIGHT
@@ -20,11 +21,11 @@ def plan_report(plan: Plan, stage: str) -> str:
 
     Args:
         plan: of the conversion.
-        stage: that layers are fitted by, if the source is dense.
+        stage: of the command line.
     """
     config = plan.config
     shards = len(plan_shards(plan.specs, plan.options.max_shard_size))
-    by = stage if plan.source.stage else config.provenance["stage"]
+    by = stage if stage in FITTED_STAGES else config.provenance["stage"]
     lines = [
         f"source      {plan.source.path} ({plan.source.kind})",
         f"stage       {by}, E = {config.num_experts}, scales in {config.scale_dtype}",

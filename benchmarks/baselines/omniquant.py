@@ -3,7 +3,7 @@
 OmniQuant (arXiv 2308.13137) learns the clipping of each group's min-max grid by gradient, block by
 block, against the dense block's output. SignRound (arXiv 2309.05516), which Intel's auto-round
 implements, learns the same two clipping factors of each group and, beyond that, the rounding of
-every weight. It stands for the class here, at the settings of the papers' 2-bit tables: asymmetric,
+every weight. It stands for the class here, with the grid of the papers' 2-bit tables: asymmetric,
 in groups of 128.
 """
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from harness import cpu_info
 from timing import Ring
 from typing_extensions import override
 
@@ -21,13 +22,16 @@ QUANTIZED_BLOCK = 256  # K of TQ2_0 must be a multiple of it; of Q1_0 of 128, of
 BITS = {"q1_0": 1.125, "tq2_0": 2.0625, "q4_0": 4.5}
 PRODUCTS_PER_GRAPH = 8
 OUTPUT_BYTES = 2**30  # each product of each graph has an output of its own
-WITHOUT_AMX = "-DGGML_NATIVE=OFF " + " ".join(
-    f"-DGGML_{name}=ON"
-    for name in (
-        *("AVX", "AVX2", "FMA", "F16C", "BMI2", "AVX_VNNI"),
-        *("AVX512", "AVX512_VNNI", "AVX512_VBMI", "AVX512_BF16"),
-    )
-)
+# Processor flags, and ggml's names for what they allow.
+GGML_FLAGS = {
+    "avx": ("AVX",),
+    "avx2": ("AVX2", "FMA", "F16C", "BMI2"),
+    "avx_vnni": ("AVX_VNNI",),
+    "avx512vl": ("AVX512",),
+    "avx512_vnni": ("AVX512_VNNI",),
+    "avx512vbmi": ("AVX512_VBMI",),
+    "avx512_bf16": ("AVX512_BF16",),
+}
 SMALL_M = 16  # above it the start of the threads is nothing beside one product
 
 
@@ -48,8 +52,8 @@ class LlamaCpp(Peer):
         if probe.returncode != 0:
             return (
                 f"its ggml crashes on this machine (exit status {probe.returncode}); without AMX "
-                f"it may not: CMAKE_ARGS='{WITHOUT_AMX}' pip install --force-reinstall --no-deps "
-                "--no-cache-dir llama-cpp-python"
+                f"it may not: CMAKE_ARGS='{without_amx()}' pip install --force-reinstall "
+                "--no-deps --no-cache-dir llama-cpp-python"
             )
         return None
 
@@ -62,6 +66,13 @@ class LlamaCpp(Peer):
     @override
     def load(self, weights: Weights, mode: Mode, copies: int, E: int) -> Loaded:
         return _LoadedGraphs(load_ggml(), weights, mode.name, copies)
+
+
+def without_amx() -> str:
+    """What CMake needs to build a ggml with all that this processor has but AMX."""
+    flags = cpu_info().get("flags", "").split()
+    names = [name for flag, group in GGML_FLAGS.items() if flag in flags for name in group]
+    return " ".join(["-DGGML_NATIVE=OFF", *(f"-DGGML_{name}=ON" for name in names)])
 
 
 class _LoadedGraphs(Loaded):

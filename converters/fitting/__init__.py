@@ -5,7 +5,7 @@ them, and each starts from the result of the one that it names in `FITTED_STAGES
 packed checkpoint.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,6 +27,14 @@ FITTED_STAGES: dict[str, str | None] = {
     "qat": "hessian",
     "experts": "qat",
 }
+
+
+def stages_up_to(stage: str) -> Iterator[str]:
+    """The stages that lead to one, in order."""
+    before = FITTED_STAGES[stage]
+    if before is not None:
+        yield from stages_up_to(before)
+    yield stage
 
 
 def check_fittable(plan: "Plan", stage: str) -> None:

@@ -3,7 +3,6 @@
 import hashlib
 import logging
 import tempfile
-from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 
 from converters.calibration import Calibration, load_texts, sample
-from converters.fitting import FITTED_STAGES, block, check_fittable, distill, hessian
+from converters.fitting import block, check_fittable, distill, hessian, stages_up_to
 from converters.fitting.block import BlockOptions
 from converters.fitting.blocks import BlockModel
 from converters.fitting.distill import DistillOptions
@@ -241,14 +240,6 @@ def tokenizer_of(plan: Plan) -> Any:
                 f"{plan.source.path} has no tokenizer that transformers can load ({error}); "
                 "fitting on text needs one."
             ) from None
-
-
-def stages_up_to(stage: str) -> Iterator[str]:
-    """The stages that lead to one, in order."""
-    before = FITTED_STAGES[stage]
-    if before is not None:
-        yield from stages_up_to(before)
-    yield stage
 
 
 def _tensors_of(start: Checkpoint, source: Source) -> Tensors:

@@ -9,7 +9,6 @@ import quality_cost
 import quality_methods
 from memory import MODELS
 
-from converters.calibration import MEMBERS
 from tests.tiny import add_tokenizer, make_packed, random_model
 
 EFFORT = {"seconds": 2.0, "cpu_seconds": 3.0, "peak_rss_bytes": 1, "whole": True}
@@ -22,13 +21,10 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "text.txt").write_text("a text")
     calls = []
 
-    def make(method, model, target, fit):
+    def make(method, model, target, fit, threads):
         calls.append(("make", method.key))
-        record = {what: fit[what] for what in ("windows", "length", "seed")}
-        record["texts"] = [{"name": name} for name in fit["calibration"] or MEMBERS]
         target.mkdir(exist_ok=True)
-        report = {"method": method.key, "calibration": record}
-        (target / "quantization.json").write_text(json.dumps(report))
+        (target / "quantization.json").write_text(json.dumps({"method": method.key}))
         return EFFORT
 
     def script(name, target, output, flags, args):
@@ -116,7 +112,7 @@ def test_every_method_has_the_same_calibration_flags(tmp_path):
     fit = {"windows": 5, "length": 64, "seed": 3, "calibration": ["a.txt"], "tokens": 9}
     fit |= {"steps": 2, "batch": 1}
     for method in quality_methods.methods("paper"):
-        line = " ".join(quality_methods.command(method, tmp_path, tmp_path / "out", fit))
+        line = " ".join(quality_methods.command(method, tmp_path, tmp_path / "out", fit, 3))
         looks_at_text = method.stage != "svid"
         assert ("--windows 5 --length 64 --seed 3 --calibration a.txt" in line) == looks_at_text
     mine = quality_methods.methods("calibration", "hessian", ["dir/mine.txt", "b.jsonl"])
@@ -125,7 +121,7 @@ def test_every_method_has_the_same_calibration_flags(tmp_path):
     with pytest.raises(ValueError, match="expected texts of different names"):
         quality_methods.methods("calibration", "hessian", ["x/a.txt", "y/a.txt"])
     only_c4 = quality_methods.methods("calibration")[0]
-    line = quality_methods.command(only_c4, tmp_path, tmp_path / "out", fit)
+    line = quality_methods.command(only_c4, tmp_path, tmp_path / "out", fit, 3)
     assert "a.txt" not in line and line[line.index("--calibration") + 1].endswith("c4.utf8")
 
 
@@ -178,7 +174,7 @@ def test_a_model_that_is_there_is_not_made_again(tmp_path, monkeypatch):
     (method,) = [m for m in quality_methods.methods("paper") if m.key == "float16"]
     (tmp_path / "quantization.json").write_text(json.dumps({"method": "float16"}))
     monkeypatch.setattr(quality_methods, "command", None)
-    assert quality_methods.make(method, tmp_path, tmp_path, {}) is None
+    assert quality_methods.make(method, tmp_path, tmp_path, {}, 1) is None
 
 
 @pytest.mark.parametrize("change", [{"tokens": 8}, {"windows": 6}, {}])
@@ -192,12 +188,13 @@ def test_a_model_that_was_trained_otherwise_is_refused(tmp_path, change):
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
     fit = {"windows": 5, "length": 64, "seed": 3, "calibration": ["a.txt"], "tokens": 9} | change
     (method,) = [m for m in quality_methods.methods("paper") if m.key == "qat-e1"]
-    assert quality_methods.check_made(method, tmp_path / "model", fit) == 9
+    assert quality_methods.trained_tokens(tmp_path / "model") == 9
+    quality_methods.check_made(method, tmp_path / "model", fit)
     if "tokens" in change:
         with pytest.raises(ValueError, match="'tokens': 9}, not by"):
-            quality_methods.make(method, tmp_path, tmp_path / "model", fit)
+            quality_methods.make(method, tmp_path, tmp_path / "model", fit, 1)
     else:
-        assert quality_methods.make(method, tmp_path, tmp_path / "model", fit) is None
+        assert quality_methods.make(method, tmp_path, tmp_path / "model", fit, 1) is None
 
 
 def test_cost_is_proportional_to_layers():

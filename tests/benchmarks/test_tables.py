@@ -56,7 +56,34 @@ def test_a_table_names_the_instructions_and_whose_results_were_wrong() -> None:
     wrong = ["vllm_w8a8:w8a8 K=8 N=8 M=1: relative error 0.5", "vllm_w8a8:w8a8 K=8 N=8 M=4: too"]
     text = tables.linear_table({"machine": facts, "rows": [row], "wrong": wrong})
     assert "Some CPU with AVX-512, 2 threads" in text
-    assert text.endswith("Not timed, as its results were wrong there: vLLM W8A8.")
+    assert text.endswith("Not timed, here or for other M: vLLM W8A8 (relative error 0.5).")
+
+
+def test_a_model_s_table_says_what_is_missing_and_how_it_was_run() -> None:
+    row = {"provider": "vllm_bmos", "mode": "default", "decode_tokens_per_s": {"1": 9.0}}
+    row |= {"prefill_tokens_per_s": 90.0, "resident_beyond_vllm_gb": 1.5, "weights_seconds": None}
+    result = {
+        "machine": {"cpu": "Some CPU", "threads": 2},
+        "model": {"shape": "llama-7b", "layers": 32, "E": 4},
+        "load": {"prompt": 512},
+        "missing": {},
+        "rows": [row],
+    }
+    alone = tables.serving_table(result)
+    assert "serving.py --providers vllm_bmos`" in alone and alone.endswith("when it is ready.")
+    result["missing"] = {"llama_cpp q4_0": "it ended: ", "llama_cpp": "not installed"}
+    lines = tables.serving_table(result).splitlines()
+    assert "serving.py`" in lines[0]
+    assert "Not measured: llama.cpp Q4_0 (it ended)." in lines
+    assert "Not measured: llama_cpp (not installed)." in lines
+
+
+def test_a_baseline_that_was_trained_less_says_so() -> None:
+    fit = {"steps": 20, "batch": 2}
+    named = tables._training({"key": "omniquant"}, fit)
+    assert named == ", 20 steps of 2 windows a block (default 200 of 8)"
+    assert tables._training({"key": "gptq"}, fit) == ""
+    assert tables._training({"key": "omniquant"}, {"steps": 200, "batch": 8}) == ""
 
 
 def test_a_gpu_table_names_the_gpu_and_the_dtype() -> None:

@@ -161,7 +161,7 @@ def test_inspect_measures_every_router(tmp_path, capsys, arch):
     assert layers and all(0 < layer["router_entropy"] <= 2 for layer in layers)
     assert main(line) == 0 and "router bits" in capsys.readouterr().out
     (tmp_path / "text.txt").write_text("")
-    assert main(line) == 1 and "two words" in capsys.readouterr().err
+    assert main(line) == 1 and "expected text" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from vllm.model_executor.models.utils import WeightsMapper
 
 from tests.tiny import make_packed
 from vllm_bmos.checkpoint import BinaryMosConfig, FormatError
+from vllm_bmos.plugin import config as plugin_config
 from vllm_bmos.plugin.config import BinaryMosVllmConfig
 from vllm_bmos.plugin.linear import BinaryMosLinearMethod
 from vllm_bmos.plugin.versions import refusing_config, unsupported_cpu_moe, unsupported_vllm
@@ -72,11 +74,27 @@ def test_a_folder_without_weights_has_no_inventory_to_check(packed: Path, tmp_pa
     """What vLLM makes of a checkpoint in an object store: its JSON files."""
     for name in ("config.json", "bmos_manifest.json"):
         (tmp_path / name).write_bytes((packed / name).read_bytes())
-    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {}}')
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "one"}}')
+    (tmp_path / "model-rank-0-part-0.safetensors").write_bytes(b"of a sharded state")
     config, _ = read(packed)
     config.biases = None
     config.maybe_update_config(str(tmp_path))
     assert config.biases is None
+    (tmp_path / "one").write_bytes(b"a shard")
+    with pytest.raises(FormatError):
+        config.maybe_update_config(str(tmp_path))
+
+
+def test_latent_attention_that_vllm_does_not_fold_is_served(monkeypatch: Any) -> None:
+    name = "model.layers.0.self_attn.kv_b_proj"
+    plain = SimpleNamespace(
+        model_config=SimpleNamespace(use_mla=False),
+        load_config=SimpleNamespace(load_format="dummy"),
+        lora_config=None,
+    )
+    monkeypatch.setattr(plugin_config, "get_current_vllm_config_or_none", lambda: plain)
+    method = BinaryMosVllmConfig(BinaryMosConfig(4, (name,))).get_quant_method(linear(), name)
+    assert isinstance(method, BinaryMosLinearMethod) and not method.complete
 
 
 def test_a_quantized_head_is_refused_by_name() -> None:
@@ -183,7 +201,7 @@ def test_an_added_tensor_is_named(packed: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("wants", "has"), [(True, False), (False, True)])
 def test_a_bias_that_does_not_fit_the_model_is_named(wants: bool, has: bool) -> None:
-    method = BinaryMosLinearMethod(BinaryMosConfig(1, ("fc1",)), ["fc1"], [has])
+    method = BinaryMosLinearMethod(BinaryMosConfig(1, ("fc1",)), ["fc1"], [has], complete=True)
     layer = linear()
     layer.register_parameter("bias", torch.nn.Parameter(torch.zeros(2)) if wants else None)
     with pytest.raises(FormatError, match=r"^fc1\.bias is"):

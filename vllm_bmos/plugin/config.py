@@ -16,7 +16,8 @@ from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmb
 from vllm.platforms import current_platform
 
 from vllm_bmos.checkpoint import QUANT_METHOD, BinaryMosConfig, Checkpoint, FormatError
-from vllm_bmos.checkpoint.format import BIAS, INDEX_FILE, MANIFEST_FILE
+from vllm_bmos.checkpoint.format import BIAS, INDEX_FILE, MANIFEST_FILE, SINGLE_FILE
+from vllm_bmos.checkpoint.reader import read_json
 from vllm_bmos.plugin.embedding import LeanEmbeddingMethod
 from vllm_bmos.plugin.linear import BinaryMosLinearMethod
 from vllm_bmos.plugin.memory import available_bytes, check_memory
@@ -105,8 +106,12 @@ class BinaryMosVllmConfig(QuantizationConfig):
         where the error is the last thing a user reads.
         """
         path = Path(model_name)
-        # Of a model in an object store vLLM puts the JSON files alone into a directory.
-        if any(path.glob("*.safetensors")):
+        # A sharded state has files of its own, and of a model in an object store vLLM puts the
+        # JSON files alone into a directory.
+        files = {SINGLE_FILE}
+        if (path / INDEX_FILE).exists():
+            files |= set(read_json(path / INDEX_FILE).get("weight_map", {}).values())
+        if any((path / file).exists() for file in files):
             self._read_checkpoint(path)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: "WeightsMapper") -> None:
@@ -136,7 +141,7 @@ class BinaryMosVllmConfig(QuantizationConfig):
         self._refuse_absorbed(prefix, names[0])
         found = self._loaded_biases()
         biases = None if found is None else [found[name] for name in names]
-        return BinaryMosLinearMethod(self.config, names, biases)
+        return BinaryMosLinearMethod(self.config, names, biases, self._is_read())
 
     def _experts_method(self, layer: RoutedExperts, prefix: str) -> QuantizeMethodBase | None:
         """The method for the feed-forward experts of a mixture-of-experts layer."""
@@ -158,7 +163,7 @@ class BinaryMosVllmConfig(QuantizationConfig):
                 r"Convert the model again with --ignore '\.experts'."
             )
         each = list(zip(names[::3], names[1::3], names[2::3], strict=True))
-        return BinaryMosMoEMethod(self.config, layer.moe_config, each, complete=biases is not None)
+        return BinaryMosMoEMethod(self.config, layer.moe_config, each, complete=self._is_read())
 
     def _claim(self, prefix: str, shards: list[str]) -> list[str] | None:
         """Checkpoint names of the layers that vLLM serves as one; None if all are dense.
@@ -209,7 +214,9 @@ class BinaryMosVllmConfig(QuantizationConfig):
         Multi-head latent attention takes the weight of `kv_b_proj` out of the layer by running it
         on a unit matrix, whose rows have gates of their own.
         """
-        if prefix.rpartition(".")[2] != ABSORBED:
+        vllm_config = get_current_vllm_config_or_none()
+        plain = vllm_config is not None and not vllm_config.model_config.use_mla
+        if plain or prefix.rpartition(".")[2] != ABSORBED:
             return
         if self.config.num_experts > 1 or self.config.output_norm:
             raise ValueError(
@@ -218,12 +225,14 @@ class BinaryMosVllmConfig(QuantizationConfig):
                 f"with --ignore '{ABSORBED}', or with --experts 1."
             )
 
+    def _is_read(self) -> bool:
+        """Whether every tensor has to come from the checkpoint's files."""
+        vllm_config = get_current_vllm_config_or_none()
+        return self.biases is not None if vllm_config is None else reads_checkpoint(vllm_config)
+
     def _loaded_biases(self) -> dict[str, bool] | None:
         """`biases`, or None where the load format does not use the files that have them."""
-        vllm_config = get_current_vllm_config_or_none()
-        if vllm_config is None or reads_checkpoint(vllm_config):
-            return self.biases
-        return None
+        return self.biases if self._is_read() else None
 
     def _check_machine(self) -> None:
         """What a CPU cannot hold, and what vLLM gets wrong there; before a layer is allocated."""

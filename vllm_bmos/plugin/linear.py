@@ -41,14 +41,20 @@ class BinaryMosLinearMethod(LinearMethodBase):
         config: the checkpoint's quantization config.
         names: checkpoint names of the layer's logical shards.
         biases: whether each shard has a bias in the checkpoint; None if that was not read.
+        complete: whether a checkpoint is read, so that every tensor has to arrive.
     """
 
     def __init__(
-        self, config: BinaryMosConfig, names: list[str], biases: list[bool] | None
+        self,
+        config: BinaryMosConfig,
+        names: list[str],
+        biases: list[bool] | None,
+        complete: bool,
     ) -> None:
         self.config = config
         self.names = names
         self.biases = biases
+        self.complete = complete
         # Set by create_weights.
         self.loader: LayerLoader
         self.layer_config: LinearConfig
@@ -110,8 +116,9 @@ class BinaryMosLinearMethod(LinearMethodBase):
         if self.layout.is_loaded:
             self.layout.check()
             return
-        if self.biases is not None:  # else no checkpoint was read: load_format dummy, say
+        if self.complete:  # not with load_format dummy, say
             self.loader.check_complete()
+        if self.biases is not None:
             self._check_bias(layer)
         replace_tensors(layer, self.kernel.prepare(registered_tensors(layer), self.layer_config))
 

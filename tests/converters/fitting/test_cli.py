@@ -29,7 +29,8 @@ def source(tmp_path):
 
 def convert(source, name, *flags):
     text = str(source.parent / "text.jsonl")
-    size = ("--windows", "8", "--length", "64", "--tokens", "512", "--experts", "2")
+    size: tuple[str, ...] = ("--windows", "8", "--length", "64", "--experts", "2")
+    size += ("--tokens", "512") if {"kd-scales", "qat", "experts"} & set(flags) else ()
     target = source.parent / name
     return target, main([str(source), str(target), "--calibration", text, *size, *flags])
 
@@ -55,7 +56,7 @@ def test_a_fit_from_the_command_line(source, stage, capsys):
     assert f"were fitted by stage '{stage}'" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("stage", "module"), [("block", block), ("kd-scales", distill)])
+@pytest.mark.parametrize(("stage", "module"), [("block", block), ("qat", distill)])
 def test_batch_and_rates_reach_the_stage(source, monkeypatch, stage, module):
     seen, fit = [], module.fit
 
@@ -137,6 +138,10 @@ def test_a_dry_run_plans_the_fit_and_writes_nothing(source, capsys):
         (["--layers", "x", "--tokens", "9", "--experts", "2"], "--experts, --tokens: the file"),
         (["--stage", "qat", "--train-length", "2048"], "windows of --length 1024 are cut to it"),
         (["--stage", "qat", "--calib", "x"], "--calib"),
+        (["--stage", "hessian", "--tokens", "9"], "--tokens: unused by --stage hessian"),
+        (["--stage", "hessian", "--start-from", "x"], "starts from the dense weights"),
+        (["--stage", "qat", "--epochs", "2"], "--epochs: unused by --stage qat"),
+        (["--stage", "kd-scales", "--latent-lr", "1"], "--latent-lr: unused"),
     ],
 )
 def test_a_flag_that_would_be_ignored_is_refused(source, capsys, flags, message):
@@ -161,11 +166,11 @@ def test_an_interrupted_fit_on_other_windows_is_refused(source, monkeypatch, cap
 def test_a_text_that_cannot_be_measured_on_is_named_before_the_fit(source, capsys, monkeypatch):
     monkeypatch.setattr("converters.fitting.run.Fit.run", lambda *_: pytest.fail("fitted"))
     (source.parent / "latin.txt").write_bytes("ein Text mit \xe4".encode("latin-1"))
-    (source.parent / "short.txt").write_text("word")
+    (source.parent / "short.txt").write_text(" \n")
     for name, message in (
         ("none.txt", "No such file"),
         ("latin.txt", "utf-8"),
-        ("short.txt", "two words"),
+        ("short.txt", "expected text, found 2 characters"),
     ):
         text = str(source.parent / name)
         assert convert(source, "packed", "--stage", "hessian", "--eval-text", text)[1] == 1
