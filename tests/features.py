@@ -16,7 +16,7 @@ import ast
 import json
 import platform
 import sys
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -109,16 +109,43 @@ class Recorder:
         RESULTS.write_text(json.dumps({"versions": versions, "tests": tests}, indent=1) + "\n")
 
 
-def marked_tests() -> set[str]:
-    """path::name of every test that proves a row."""
-    found = set()
+def marked_tests() -> dict[str, list[dict[str, Any]]]:
+    """path::name of every test that proves rows, and what its markers say."""
+    found: dict[str, list[dict[str, Any]]] = {}
     root = DOCS.parent
     for path in (root / "tests").rglob("test_*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
-                if any("mark.feature(" in ast.unparse(d) for d in node.decorator_list):
-                    found.add(f"{path.relative_to(root)}::{node.name}")
+                said = [claim for d in node.decorator_list for claim in _claims(d)]
+                if said:
+                    found[f"{path.relative_to(root)}::{node.name}"] = said
     return found
+
+
+def _claims(decorator: ast.expr) -> Iterator[dict[str, Any]]:
+    for node in ast.walk(decorator):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "pytest.mark.feature":
+            section, row = map(_literal, node.args)
+            told = {str(word.arg): _literal(word.value) for word in node.keywords}
+            yield {"section": section, "row": row, **told}
+
+
+def _literal(node: ast.expr) -> Any:
+    """A value that is written out; of any other, an ellipsis."""
+    try:
+        return ast.literal_eval(node)
+    except ValueError:
+        return ...
+
+
+def is_claimed(entry: dict[str, Any], claims: list[dict[str, Any]]) -> bool:
+    """Whether one of a test's markers says what was noted with an outcome."""
+    said = {name: value for name, value in entry.items() if name not in ("outcome", "reason")}
+    return any(
+        said.keys() == claim.keys()
+        and all(claim[name] in (value, ...) for name, value in said.items())
+        for claim in claims
+    )
 
 
 def table(results: dict[str, Any]) -> str:

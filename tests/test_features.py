@@ -4,13 +4,16 @@ import json
 
 import pytest
 
-from tests.features import RESULTS, TABLE, marked_tests, row_line, table
+from tests.features import RESULTS, TABLE, is_claimed, marked_tests, row_line, table
 
 
 def test_features_are_up_to_date() -> None:
     results = json.loads(RESULTS.read_text())
     assert table(results) == TABLE.read_text(), "run python -m tests.features"
-    assert {test.partition("[")[0] for test in results["tests"]} == marked_tests()
+    marked = marked_tests()
+    assert {test.partition("[")[0] for test in results["tests"]} == set(marked)
+    for test, entry in results["tests"].items():
+        assert is_claimed(entry, marked[test.partition("[")[0]]), test
 
 
 @pytest.mark.parametrize(

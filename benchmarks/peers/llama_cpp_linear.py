@@ -146,7 +146,7 @@ def _pack_q4_0(weights: Weights) -> torch.Tensor:
     codes = (weights.signs(torch.int8) * 4 + 8).to(torch.uint8).view(weights.N, -1, 2, 16)
     nibbles = codes[:, :, 0] | (codes[:, :, 1] << 4)
     d = torch.tensor([weights.scale / 4], dtype=torch.float16).view(torch.uint8)
-    return torch.cat([d.expand(*nibbles.shape[:2], 2), nibbles], dim=-1).contiguous()
+    return torch.cat([d.expand(*nibbles.shape[:2], 2), nibbles], dim=-1).flatten(1)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import quality
@@ -9,6 +10,7 @@ import quality_cost
 import quality_methods
 from memory import MODELS
 
+from converters.arguments import COMMANDS, parse
 from tests.tiny import add_tokenizer, make_packed, random_model
 
 EFFORT = {"seconds": 2.0, "cpu_seconds": 3.0, "peak_rss_bytes": 1, "whole": True}
@@ -123,6 +125,19 @@ def test_every_method_has_the_same_calibration_flags(tmp_path):
     only_c4 = quality_methods.methods("calibration")[0]
     line = quality_methods.command(only_c4, tmp_path, tmp_path / "out", fit, 3)
     assert "a.txt" not in line and line[line.index("--calibration") + 1].endswith("c4.utf8")
+
+
+@pytest.mark.parametrize("comparison", quality_methods.COMPARISONS)
+def test_commands_are_what_the_converter_takes(comparison):
+    fit = {"windows": 5, "length": 64, "seed": 3, "calibration": ["a.txt"], "tokens": 9}
+    methods = [m for m in quality_methods.methods(comparison) if m.baseline is None]
+    assert methods
+    for method in methods:
+        _, script, *line = quality_methods.command(method, Path("m"), Path("out"), fit, 2)
+        assert script.endswith("hf_to_bmos.py")
+        found = parse(line, dict.fromkeys(COMMANDS, lambda _: 0))
+        assert (found.stage, found.experts, found.jobs) == (method.stage, method.E, 2)
+        assert found.tokens == 9 or not method.trains
 
 
 def test_bits_of_a_packed_model_count_signs_scales_and_routers(tmp_path):

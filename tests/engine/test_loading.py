@@ -135,10 +135,10 @@ def test_reloaded_weights_give_the_same_answers(packed: Path, expected: list[Ans
     "checkpoint swapped for another of the same shape, then `reload_weights`",
     against="the answers are the new checkpoint's",
 )
-def test_reload_serves_the_swapped_checkpoint(packed: Path, tmp_path: Path) -> None:
-    path = tmp_path / "served"
-    shutil.copytree(packed, path)
-    other = make_packed("llama", tmp_path / "other", seed=1)
+@pytest.mark.parametrize("arch", ["llama", "llama-tied"])
+def test_reload_serves_the_swapped_checkpoint(arch: str, tmp_path: Path) -> None:
+    path = make_packed(arch, tmp_path / "served")
+    other = make_packed(arch, tmp_path / "other", seed=1)
     with engine(path, "float32") as llm:
         shutil.rmtree(path)
         shutil.copytree(other, path)

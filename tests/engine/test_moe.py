@@ -145,7 +145,7 @@ def test_two_ranks_of_experts_equal_transformers(compiled: bool, made: Made) -> 
 @pytest.mark.feature(
     "Loading",
     "mixtures of experts: `reload_weights`, `--load-format dummy`",
-    against="transformers",
+    against="transformers; of dummy weights, the number of tokens asked for",
 )
 def test_reloaded_and_dummy_weights(made: Made, tmp_path: Path) -> None:
     path, expected = made["mixtral"]

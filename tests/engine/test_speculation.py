@@ -7,8 +7,11 @@ import pytest
 import torch
 
 from tests.engine.compare import (
+    PROMPTS,
     assert_same,
     assert_varied,
+    engine,
+    generate,
     reference_answers,
     run_engine,
     subprocess_answers,
@@ -57,6 +60,26 @@ def test_a_packed_draft_does_not_change_a_dense_models_answers(tmp_path: Path) -
     assert_varied(expected)
     found = vllm_answers(dense, "float32", speculative_config=draft(twin))
     assert_same(found, expected, tolerance=2e-3)
+
+
+@pytest.mark.feature(
+    "Speculation",
+    "a packed model drafts for itself",
+    against="all that it drafts is accepted",
+)
+def test_a_model_accepts_its_own_drafts(tmp_path: Path) -> None:
+    packed = make_packed("llama", tmp_path)
+    options = {"speculative_config": draft(packed), "disable_log_stats": False}
+    with engine(packed, "float32", **options) as llm:
+        found = generate(llm, PROMPTS)
+        counts = {
+            metric.name: metric.value
+            for metric in llm.get_metrics()
+            if "spec" in metric.name and hasattr(metric, "value")
+        }
+    assert_same(found, reference_answers(packed, torch.float32), tolerance=2e-3)
+    drafted = counts["vllm:spec_decode_num_draft_tokens"]
+    assert counts["vllm:spec_decode_num_accepted_tokens"] > 0.9 * drafted > 0
 
 
 @pytest.mark.feature(

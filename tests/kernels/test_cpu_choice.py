@@ -32,6 +32,14 @@ def run_python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def test_the_mode_is_the_variables_else_the_dtypes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(cpu.MODE_ENV, raising=False)
+    found = {dtype: cpu.mode(dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)}
+    assert list(found.values()) == ["exact", "default", "default"]
+    monkeypatch.setenv(cpu.MODE_ENV, "int8")
+    assert cpu.mode(torch.float32) == cpu.mode(torch.bfloat16) == "int8"
+
+
 def test_is_chosen_on_the_cpu() -> None:
     assert choose_kernel(CONFIG).name == "cpu"
     able, reason = cpu.CpuKernel().can_run(CONFIG)

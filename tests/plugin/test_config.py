@@ -97,6 +97,62 @@ def test_latent_attention_that_vllm_does_not_fold_is_served(monkeypatch: Any) ->
     assert isinstance(method, BinaryMosLinearMethod) and not method.complete
 
 
+def test_a_checkpoint_on_the_hub_is_checked_before_it_is_loaded(
+    packed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[Any, ...]] = []
+
+    def fetch(name: str, revision: str, cache_dir: str, allow_patterns: list[str]) -> str:
+        asked.append((name, revision, cache_dir))
+        names = [file.name for file in packed.iterdir()]
+        needed = {"config.json", "bmos_manifest.json", "model.safetensors"}
+        found = {n for n in names if any(Path(n).match(pattern) for pattern in allow_patterns)}
+        assert needed <= found and any(
+            Path("model.safetensors.index.json").match(pattern) for pattern in allow_patterns
+        )
+        return str(packed)
+
+    def vllm(load_format: str, weights: str = "") -> SimpleNamespace:
+        model = SimpleNamespace(model="user/m", revision="v1", model_weights=weights, use_mla=False)
+        load = SimpleNamespace(load_format=load_format, download_dir="cache")
+        return SimpleNamespace(model_config=model, load_config=load, lora_config=None)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    name = read(packed)[0].config.modules[0]
+
+    def served(given: SimpleNamespace) -> tuple[BinaryMosVllmConfig, BinaryMosLinearMethod]:
+        monkeypatch.setattr(plugin_config, "get_current_vllm_config_or_none", lambda: given)
+        monkeypatch.setattr(plugin_config, "check_memory", lambda *_: None)
+        config = BinaryMosVllmConfig(read(packed)[0].config)
+        monkeypatch.setattr(config, "_check_machine", lambda: None)
+        method = config.get_quant_method(linear(), name)
+        assert isinstance(method, BinaryMosLinearMethod)
+        return config, method
+
+    config, method = served(vllm("auto"))
+    assert asked == [("user/m", "v1", "cache")]
+    assert config.biases is not None and method.complete and method.biases is not None
+    config, method = served(vllm("runai_streamer", weights="s3://bucket/m"))
+    assert len(asked) == 1 and config.biases is None and method.complete  # no tensor may be missing
+    config, method = served(vllm("dummy"))
+    assert len(asked) == 1 and not method.complete
+    other = BinaryMosVllmConfig(BinaryMosConfig(2, (name,)))
+    monkeypatch.setattr(
+        plugin_config, "get_current_vllm_config_or_none", lambda: vllm("safetensors")
+    )
+    with pytest.raises(FormatError, match="differs from the one vLLM was given"):
+        other.get_quant_method(linear(), name)
+
+
+def test_output_norms_are_for_one_rank() -> None:
+    config = BinaryMosConfig(1, ("fc1",), output_norm="layer_norm")
+    layer = linear()
+    layer.tp_size, layer.tp_rank = 2, 0
+    method = BinaryMosLinearMethod(config, ["fc1"], None, complete=False)
+    with pytest.raises(ValueError, match=r"fc1: layers with output_norm .*tensor-parallel-size 1"):
+        method.create_weights(layer, 64, [64], 64, 64, torch.float32)
+
+
 def test_a_quantized_head_is_refused_by_name() -> None:
     class ParallelLMHead(torch.nn.Module):
         pass

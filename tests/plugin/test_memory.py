@@ -76,11 +76,13 @@ def test_the_first_logits_give_back_what_the_warm_up_left(monkeypatch: pytest.Mo
 
 
 def test_a_reload_forgets_what_was_packed_of_the_old_weights() -> None:
-    method, table = embedding.LeanEmbeddingMethod(), torch.nn.Module()
-    table.cpu_linear = lambda *_: None  # type: ignore[assignment]
-    method.process_weights_after_loading(table)
-    assert not hasattr(table, "cpu_linear")
-    method.process_weights_after_loading(table)
+    method, table, tied = embedding.LeanEmbeddingMethod(), torch.nn.Module(), torch.nn.Module()
+    for layer in (table, tied):
+        layer.cpu_linear = lambda *_: None  # type: ignore[assignment]
+    embedding._packed_of_plain.add(tied)
+    for _ in range(2):
+        method.process_weights_after_loading(table)
+        assert not hasattr(table, "cpu_linear") and not hasattr(tied, "cpu_linear")
 
 
 @pytest.mark.slow
@@ -91,6 +93,8 @@ def test_a_reload_forgets_what_was_packed_of_the_old_weights() -> None:
 )
 def test_the_engine_refuses_it_at_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = make_packed("llama", tmp_path)
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # so that what is patched is used
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     monkeypatch.setattr(config, "available_bytes", lambda: 1000)
     with pytest.raises(ValueError, match=r"The weights take .* GB on this rank"):
         vllm_answers(path, "float32", max_model_len=64)

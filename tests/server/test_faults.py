@@ -1,17 +1,19 @@
 """A server whose parts are killed, stopped or damaged: every fault has a bounded outcome."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from openai import APIError, OpenAI
+from openai import APIError, APITimeoutError, OpenAI
 
 from examples.server import Server, ServerError, session_pids
 from tests.tiny import add_tokenizer, make_packed
@@ -58,6 +60,15 @@ def pid_of(server: Server, name: str) -> int:
     return pid
 
 
+def running(server: Server) -> int:
+    """Requests in the engine."""
+    with urllib.request.urlopen(f"{server.url}/metrics", timeout=BOUND_SECONDS) as response:
+        text = response.read().decode()
+    found = re.search(r"^vllm:num_requests_running\{.*\} (\S+)", text, re.MULTILINE)
+    assert found, text
+    return int(float(found[1]))
+
+
 def assert_gone(server: Server) -> None:
     """The server ends within the bound, and so does every process that it started."""
     assert server.process is not None
@@ -78,9 +89,10 @@ def test_a_killed_engine_ends_the_server(packed: Path, tmp_path: Path) -> None:
         assert ask(server)
         killer = threading.Timer(0.3, os.kill, (pid_of(server, "EngineCore"), signal.SIGKILL))
         killer.start()
-        with pytest.raises(APIError):
+        with pytest.raises(APIError) as failure:
             while True:
                 ask(server, tokens=200)
+        assert not isinstance(failure.value, APITimeoutError)
         assert_gone(server)
 
 
@@ -124,7 +136,9 @@ def test_sigterm_in_the_middle_of_requests(packed: Path, tmp_path: Path) -> None
         threads = [threading.Thread(target=one) for _ in range(4)]
         for thread in threads:
             thread.start()
-        time.sleep(0.3)
+        end = time.monotonic() + BOUND_SECONDS
+        while running(server) < 4:
+            assert time.monotonic() < end and not ended
         assert server.process is not None
         server.process.send_signal(signal.SIGTERM)
         server.process.wait(BOUND_SECONDS)

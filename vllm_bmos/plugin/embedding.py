@@ -7,6 +7,8 @@ long as a server's longest, 70 to 220 MB for a 7B model. The head comes last in 
 they can be given back.
 """
 
+from weakref import WeakSet
+
 import torch
 from typing_extensions import override
 from vllm.config import get_current_vllm_config_or_none
@@ -18,6 +20,10 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 from vllm.platforms import current_platform
 
 from vllm_bmos.plugin.memory import give_back_freed
+
+# Layers whose packed weight stands beside the plain one. vLLM reloads the table of a tied head, and
+# not the head.
+_packed_of_plain: "WeakSet[torch.nn.Module]" = WeakSet()
 
 
 class LeanEmbeddingMethod(UnquantizedEmbeddingMethod):
@@ -42,8 +48,14 @@ class LeanEmbeddingMethod(UnquantizedEmbeddingMethod):
             return
         if isinstance(layer, ParallelLMHead):
             dispatch_cpu_unquantized_gemm(layer, remove_weight=not self.keep_weight)
-        elif hasattr(layer, "cpu_linear"):
-            del layer.cpu_linear  # of the weights before a reload; `apply` makes it anew
+            if self.keep_weight:
+                _packed_of_plain.add(layer)
+            return
+        # New weights of a table, which heads may share: `apply` packs them anew.
+        for stale in (layer, *_packed_of_plain):
+            if hasattr(stale, "cpu_linear"):
+                del stale.cpu_linear
+        _packed_of_plain.clear()
 
     @override
     def apply(
@@ -52,6 +64,7 @@ class LeanEmbeddingMethod(UnquantizedEmbeddingMethod):
         if current_platform.is_cpu() and not hasattr(layer, "cpu_linear"):
             # Models without an lm_head of their own use the embedding as one.
             dispatch_cpu_unquantized_gemm(layer, remove_weight=False)
+            _packed_of_plain.add(layer)
         if not self.warm:
             self.warm = True
             give_back_freed()

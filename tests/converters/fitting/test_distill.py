@@ -228,13 +228,22 @@ def test_training_is_not_disturbed_by_dropout(setting, monkeypatch):
     assert len(seen) == 4 + 2 and not any(seen)  # four windows set margins
 
 
-def test_compiled_training_is_the_same_training(setting):
+def test_compiled_training_is_the_same_training(setting, monkeypatch):
+    compiled_blocks, real = [], distill.compile_blocks
+
+    def watched(model):
+        real(model)
+        blocks = model.model.layers
+        compiled_blocks.append([block._compiled_call_impl is not None for block in blocks])
+
+    monkeypatch.setattr(distill, "compile_blocks", watched)
     few = replace(OPTIONS, tokens=8 * 64)  # later, signs flip by differences in rounding
     plain, compiled = train(setting, "plain", few), train(setting, "c", replace(few, compile=True))
     for name, tensor in plain.items():
         if name.endswith((IN_SCALE, OUT_SCALE)):
             moved, apart = (tensor - other[name] for other in (setting[2], compiled))
             assert float(apart.norm()) < 0.5 * float(moved.norm())  # Adam enlarges rounding
+    assert compiled_blocks == [[True, True], [True, True]]  # student and teacher
 
 
 def test_a_result_that_does_not_help_is_discarded(setting, caplog):
