@@ -127,6 +127,8 @@ def main() -> None:
     for seed in range(args.kills):
         kill = kill_and_resume(source, again, jobs, seed)
         kill["identical"] = sums(again) == wanted
+        if not kill["identical"]:
+            raise SystemExit(f"a conversion differs from an undisturbed one: {kill}")
         if kill["killed"]:  # else it ended before its kill
             kills.append(kill)
         shutil.rmtree(again)
@@ -149,8 +151,8 @@ def main() -> None:
         f"{identical} of {len(kills)}"
     )
     write_json(args.json, result)
-    if identical != len(kills):
-        raise SystemExit("a resumed conversion differs from an undisturbed one")
+    if args.kills and not kills:
+        raise SystemExit("every conversion ended before its kill; take a larger --size")
 
 
 if __name__ == "__main__":

@@ -71,7 +71,8 @@ def start(threads: int) -> None:
     A SIGTERM or SIGHUP from now on raises SystemExit, so that servers that are running are stopped.
     """
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda found, _: sys.exit(128 + found))
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+            signal.signal(number, lambda found, _: sys.exit(128 + found))
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
     for noisy in ("vllm", "vllm_bmos", "matplotlib"):
         logging.getLogger(noisy).setLevel(logging.WARNING)

@@ -34,6 +34,7 @@ GGUF_NAMES = {
     "mlp.down_proj": "ffn_down",
 }
 DECODE_PROMPT = 32
+LAYOUT = 2  # of the files that `make_gguf` writes: another number makes them anew
 
 
 def main() -> None:
@@ -52,7 +53,7 @@ def main() -> None:
     parser.add_argument("--threads", type=positive_int, default=usable_cores())
     args = parser.parse_args()
     shape = with_layers(SHAPES[args.shape], args.layers)
-    path = args.work / f"{args.shape}-{shape.num_hidden_layers}-{args.type}.gguf"
+    path = args.work / f"{args.shape}-{shape.num_hidden_layers}-{args.type}.{LAYOUT}.gguf"
     if not path.exists():
         make_gguf(path, shape, args.type)
     print(json.dumps(measure(path, args)))

@@ -202,8 +202,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def disagreement(rows: list[dict[str, Any]]) -> float:
-    """Largest relative difference of two backends' perplexities."""
+    """Largest relative difference of two backends' perplexities; infinite if one is NaN."""
     values = [row["perplexity"] for row in rows]
+    if any(math.isnan(value) for value in values):
+        return math.inf
     return max(values) / min(values) - 1
 
 
@@ -227,7 +229,7 @@ def main() -> int:
         logger.error("error: %s", error)
         return 2
     write_json(args.json, result)
-    if not disagreement(result["rows"]) <= AGREEMENT:  # so that NaN is no agreement
+    if disagreement(result["rows"]) > AGREEMENT:
         logger.error("the backends disagree by more than %.0f %%", 100 * AGREEMENT)
         return 1
     return 0

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness import REPOSITORY
+from harness import REPOSITORY, write_json
 from quantize import BY_LAYER, FLOAT16, OMNIQUANT, REPORT
 
 from converters.calibration import CACHE, MEMBERS
@@ -145,8 +145,14 @@ def make(
         MethodError: if the command fails.
         ValueError: if what is there was made otherwise.
     """
+    settings = target.with_name(f"{target.name}.settings.json")
+    texts = [Path(text).name for text in fit.get("calibration", ())]  # wherever they are
+    now = {**fit, "calibration": texts}
     if (target / (REPORT if method.baseline else CONFIG_FILE)).exists():
-        check_made(method, target, fit, here=True)
+        if not settings.exists():
+            check_made(method, target, fit)
+        elif (before := json.loads(settings.read_text(encoding="utf-8"))) != now:
+            raise ValueError(f"{method.key}: {target} was made with {before}, not with {now}.")
         return None
     whole = not target.with_name(target.name + ".fit").exists() and not target.exists()
     began = time.monotonic()
@@ -159,6 +165,7 @@ def make(
         raise
     if status != 0:
         raise MethodError(f"{method.key} failed; see above")
+    write_json(settings, now)
     return {
         "seconds": round(time.monotonic() - began, 1),
         "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
@@ -174,7 +181,7 @@ def trained_tokens(target: Path) -> int:
     return int(Checkpoint(target).config.provenance.get("trained_tokens", 0))
 
 
-def check_made(method: Method, target: Path, fit: dict[str, Any], here: bool = False) -> None:
+def check_made(method: Method, target: Path, fit: dict[str, Any]) -> None:
     """Check that a model was made by a method, on the same calibration windows.
 
     The model says by itself how it was made: `quantization.json` or the checkpoint's provenance.
@@ -183,7 +190,6 @@ def check_made(method: Method, target: Path, fit: dict[str, Any], here: bool = F
         method: the method.
         target: the model.
         fit: the settings of `quality.py` that decide the result.
-        here: whether this script made it, so that training must be as the settings say too.
 
     Raises:
         ValueError: if it was made otherwise.
@@ -206,13 +212,6 @@ def check_made(method: Method, target: Path, fit: dict[str, Any], here: bool = F
         said["texts"] = [text["name"] for text in record.get("texts", [])]
         if method.trains:  # whose record counts the windows of training
             said["windows"] = wanted["windows"]
-        if here and said["windows"] is not None:  # short texts have fewer
-            wanted["windows"] = min(said["windows"], wanted["windows"])
-    if here and method.trains:
-        wanted["tokens"], said["tokens"] = fit["tokens"], found["fit"]["distill"]["tokens"]
-    if here and method.baseline == OMNIQUANT:
-        wanted |= {what: fit[what] for what in ("steps", "batch")}
-        said |= {what: found.get(what) for what in ("steps", "batch")}
     if said != wanted:
         raise ValueError(f"{method.key}: {target} was made by {said}, not by {wanted}.")
 

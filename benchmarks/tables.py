@@ -94,7 +94,7 @@ def serving_table(result: dict[str, Any]) -> str:
     batches = list(rows[0]["decode_tokens_per_s"])
     model = result["model"]
     asked = {row["provider"] for row in rows} | {n.split()[0] for n in result.get("missing", {})}
-    flags = "" if len(asked) > 1 else f" --providers {' '.join(asked)}"
+    flags = "" if len(asked) == 3 else f" --providers {' '.join(sorted(asked))}"
     lines = [
         f"A model of the shape {model['shape']} ({model['layers']} layers, E={model['E']}), "
         f"tokens/s on {machine(result)}; `python benchmarks/serving.py{flags}`:",
@@ -117,7 +117,8 @@ def serving_table(result: dict[str, Any]) -> str:
     after = f", {loaded:.2f} after these requests" if loaded is not None else ""
     for name, why in result.get("missing", {}).items():
         provider, _, mode = name.partition(" ")
-        lines += ["", f"Not measured: {label(provider, mode)} ({why.strip().rstrip(':')})."]
+        first = why.strip().partition("\n")[0].rstrip(": ")
+        lines += ["", f"Not measured: {label(provider, mode)} ({first})."]
     seconds = ours["weights_seconds"]
     read = "" if seconds is None else f", and reads its weights in {seconds:.0f} s"
     lines += [

@@ -11,14 +11,22 @@ from converters.fitting.distributed import has_gpu, world_size
 from vllm_bmos.checkpoint.format import MAX_EXPERTS, SCALE_DTYPES
 
 COMMANDS = ("convert", "verify", "inspect", "extract")
-TEXT_FLAGS = {"--calibration", "--windows", "--length", "--seed"}
+TEXT_FLAGS = {"--calibration", "--length", "--seed"}
 SCALE_FLAGS = {
     *("--held-out", "--tokens", "--batch", "--train-length", "--save-steps", "--scale-lr"),
     *("--hidden", "--compile", "--fsdp"),
 }
 STAGE_FLAGS: dict[str, set[str]] = {  # what each fitted stage looks at
-    "hessian": TEXT_FLAGS,
-    "block": {*TEXT_FLAGS, "--held-out", "--epochs", "--batch", "--latent-lr", "--scale-lr"},
+    "hessian": {*TEXT_FLAGS, "--windows"},
+    "block": {
+        *TEXT_FLAGS,
+        "--windows",
+        "--held-out",
+        "--epochs",
+        "--batch",
+        "--latent-lr",
+        "--scale-lr",
+    },
     "kd-scales": TEXT_FLAGS | SCALE_FLAGS,
     "qat": {*TEXT_FLAGS, *SCALE_FLAGS, "--latent-lr"},
     "experts": {*TEXT_FLAGS, *SCALE_FLAGS, "--latent-lr"},

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 
 HOST = "127.0.0.1"
+GRACE_SECONDS = 3  # for processes that end by themselves when the front process has ended
 
 
 class ServerError(RuntimeError):
@@ -95,8 +96,12 @@ class Server:
             self.process.send_signal(signal.SIGTERM)
             with suppress(subprocess.TimeoutExpired):
                 self.process.wait(30)
-        with suppress(ProcessLookupError):  # workers may outlive the front process
-            os.killpg(self.process.pid, signal.SIGKILL)
+        end = time.monotonic() + GRACE_SECONDS
+        while (left := session_pids(self.process.pid)) and time.monotonic() < end:
+            time.sleep(0.1)
+        if left:  # the front process, or workers that outlive it
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
     def log_text(self) -> str:
@@ -127,7 +132,8 @@ class Server:
 def exit_by_exception() -> None:
     """Have SIGTERM and SIGHUP raise SystemExit, so that `Server`s are stopped before the end."""
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda found, _: sys.exit(128 + found))
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+            signal.signal(number, lambda found, _: sys.exit(128 + found))
 
 
 def answers(url: str) -> bool:

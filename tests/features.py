@@ -103,6 +103,8 @@ class Recorder:
         before = json.loads(RESULTS.read_text())["tests"] if RESULTS.exists() else {}
         exist = marked_tests()
         old = {test: e for test, e in before.items() if test.partition("[")[0] in exist}
+        parametrized = {test.partition("[")[0] for test in self.collected if "[" in test}
+        old = {test: e for test, e in old.items() if test not in parametrized}
         tests = dict(sorted((self.collected | old | self.tests).items()))
         versions = {name: metadata.version(name) for name in DISTRIBUTIONS}
         versions["python"] = platform.python_version()

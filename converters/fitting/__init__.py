@@ -1,8 +1,8 @@
 """Stages that fit the tensors of a BinaryMoS layer to a dense weight, one file a stage.
 
 `svid` looks at one weight at a time. The others look at the whole model on text; `run.py` runs
-them, and each starts from the result of the one that it names in `FITTED_STAGES`, or from any
-packed checkpoint.
+them, and each but `hessian` starts from the result of the one that it names in `FITTED_STAGES`, or
+from any packed checkpoint.
 """
 
 from collections.abc import Callable, Iterator

@@ -82,6 +82,7 @@ def fit(
     folder: FitFolder,
     options: BlockOptions | None = None,
     seed: int = 0,
+    threads: int = 0,
 ) -> Tensors:
     """Train every block. Bytes depend neither on the number of cores nor on an interruption.
 
@@ -94,6 +95,7 @@ def fit(
         folder: where finished blocks are kept.
         options: see `BlockOptions`.
         seed: of the order of windows.
+        threads: 0 takes one per core.
 
     Returns:
         The packed layers' tensors by their full names on disk.
@@ -101,7 +103,7 @@ def fit(
     options = options or BlockOptions()
     result: Tensors = {}
     began = time.monotonic()
-    with workers(), bfloat16_products():
+    with workers(threads), bfloat16_products():
         first, calls = model.first_inputs(train)
         texts = [_Text(first, first.clone())]
         first, _ = model.first_inputs(held_out)

@@ -194,6 +194,7 @@ class Fit:
             folder,
             options.block,
             options.seed,
+            threads,
         )
 
     def _distill(self, stage: str, folder: FitFolder, threads: int) -> Tensors:

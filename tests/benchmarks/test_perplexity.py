@@ -61,6 +61,8 @@ def test_perplexity_is_per_scored_token():
 
 def test_disagreement_is_relative():
     assert disagreement([{"perplexity": 2.0}, {"perplexity": 2.1}]) == pytest.approx(0.05)
+    for values in ([2.0, math.nan], [math.nan, 2.0], [math.nan]):
+        assert disagreement([{"perplexity": value} for value in values]) == math.inf
 
 
 def test_transformers_scores_what_the_logits_say(tmp_path):

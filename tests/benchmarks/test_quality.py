@@ -205,8 +205,10 @@ def test_a_model_that_was_trained_otherwise_is_refused(tmp_path, change):
     (method,) = [m for m in quality_methods.methods("paper") if m.key == "qat-e1"]
     assert quality_methods.trained_tokens(tmp_path / "model") == 9
     quality_methods.check_made(method, tmp_path / "model", fit)
-    if "tokens" in change:
-        with pytest.raises(ValueError, match="'tokens': 9}, not by"):
+    assert quality_methods.make(method, tmp_path, tmp_path / "model", fit, 1) is None
+    (tmp_path / "model.settings.json").write_text(json.dumps(fit | {"tokens": 9, "windows": 5}))
+    if change:
+        with pytest.raises(ValueError, match=r"made with .*'tokens': 9.*, not with"):
             quality_methods.make(method, tmp_path, tmp_path / "model", fit, 1)
     else:
         assert quality_methods.make(method, tmp_path, tmp_path / "model", fit, 1) is None

@@ -71,9 +71,9 @@ def test_a_model_s_table_says_what_is_missing_and_how_it_was_run() -> None:
     }
     alone = tables.serving_table(result)
     assert "serving.py --providers vllm_bmos`" in alone and alone.endswith("when it is ready.")
-    result["missing"] = {"llama_cpp q4_0": "it ended: ", "llama_cpp": "not installed"}
+    result["missing"] = {"llama_cpp q4_0": "it ended: \nTraceback", "llama_cpp": "not installed"}
     lines = tables.serving_table(result).splitlines()
-    assert "serving.py`" in lines[0]
+    assert "serving.py --providers llama_cpp vllm_bmos`" in lines[0]
     assert "Not measured: llama.cpp Q4_0 (it ended)." in lines
     assert "Not measured: llama_cpp (not installed)." in lines
 

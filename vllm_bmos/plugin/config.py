@@ -108,10 +108,11 @@ class BinaryMosVllmConfig(QuantizationConfig):
         path = Path(model_name)
         # A sharded state has files of its own, and of a model in an object store vLLM puts the
         # JSON files alone into a directory.
-        files = {SINGLE_FILE}
+        files: list[Any] = [SINGLE_FILE]
         if (path / INDEX_FILE).exists():
-            files |= set(read_json(path / INDEX_FILE).get("weight_map", {}).values())
-        if any((path / file).exists() for file in files):
+            found = read_json(path / INDEX_FILE).get("weight_map")
+            files += found.values() if isinstance(found, dict) else []
+        if any(isinstance(file, str) and (path / file).exists() for file in files):
             self._read_checkpoint(path)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: "WeightsMapper") -> None:
@@ -214,9 +215,10 @@ class BinaryMosVllmConfig(QuantizationConfig):
         Multi-head latent attention takes the weight of `kv_b_proj` out of the layer by running it
         on a unit matrix, whose rows have gates of their own.
         """
+        if prefix.rpartition(".")[2] != ABSORBED:
+            return
         vllm_config = get_current_vllm_config_or_none()
-        plain = vllm_config is not None and not vllm_config.model_config.use_mla
-        if plain or prefix.rpartition(".")[2] != ABSORBED:
+        if vllm_config is not None and not vllm_config.model_config.use_mla:
             return
         if self.config.num_experts > 1 or self.config.output_norm:
             raise ValueError(

@@ -29,8 +29,10 @@ def source(tmp_path):
 
 def convert(source, name, *flags):
     text = str(source.parent / "text.jsonl")
-    size: tuple[str, ...] = ("--windows", "8", "--length", "64", "--experts", "2")
-    size += ("--tokens", "512") if {"kd-scales", "qat", "experts"} & set(flags) else ()
+    size: tuple[str, ...] = ("--length", "64", "--experts", "2")
+    trains = {"kd-scales", "qat", "experts"} & set(flags)
+    size += ("--tokens", "512") if trains else ()
+    size += () if trains and "--start-from" in flags else ("--windows", "8")
     target = source.parent / name
     return target, main([str(source), str(target), "--calibration", text, *size, *flags])
 
@@ -141,6 +143,7 @@ def test_a_dry_run_plans_the_fit_and_writes_nothing(source, capsys):
         (["--stage", "hessian", "--tokens", "9"], "--tokens: unused by --stage hessian"),
         (["--stage", "hessian", "--start-from", "x"], "starts from the dense weights"),
         (["--stage", "qat", "--epochs", "2"], "--epochs: unused by --stage qat"),
+        (["--stage", "qat", "--start-from", "x", "--windows", "9"], "--windows: unused"),
         (["--stage", "kd-scales", "--latent-lr", "1"], "--latent-lr: unused"),
     ],
 )
