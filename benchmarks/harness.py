@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import platform
+import resource
 import signal
 import subprocess
 import sys
@@ -145,6 +146,17 @@ def resident_bytes(pids: Iterable[int]) -> int:
             if line.startswith("Pss:"):
                 total += int(line.split()[1]) * 1024
     return total
+
+
+def run_of(process: subprocess.Popen[Any]) -> tuple[int, resource.struct_rusage]:
+    """A child's status and what it used, at its end. It is ended by an error or signal here."""
+    try:
+        _, status, usage = os.wait4(process.pid, 0)
+    except BaseException:
+        process.terminate()
+        process.wait()
+        raise
+    return status, usage
 
 
 def write_json(path: Path, result: dict[str, Any]) -> None:

@@ -1,7 +1,6 @@
 """What `quality.py` compares: how each method's model is made, and its bits per weight."""
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -10,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness import REPOSITORY, write_json
+from harness import REPOSITORY, run_of, write_json
 from quantize import BY_LAYER, FLOAT16, OMNIQUANT, REPORT
 
 from converters.calibration import CACHE, MEMBERS
@@ -156,13 +155,8 @@ def make(
         return None
     whole = not target.with_name(target.name + ".fit").exists() and not target.exists()
     began = time.monotonic()
-    process = subprocess.Popen(command(method, model, target, fit, threads), stdout=sys.stderr)
-    try:
-        _, status, usage = os.wait4(process.pid, 0)
-    except BaseException:  # a signal to us alone: it continues when it is run again
-        process.terminate()
-        process.wait()
-        raise
+    line = command(method, model, target, fit, threads)
+    status, usage = run_of(subprocess.Popen(line, stdout=sys.stderr))
     if status != 0:
         raise MethodError(f"{method.key} failed; see above")
     write_json(settings, now)

@@ -16,20 +16,13 @@ SCALE_FLAGS = {
     *("--held-out", "--tokens", "--batch", "--train-length", "--save-steps", "--scale-lr"),
     *("--hidden", "--compile", "--fsdp"),
 }
+BLOCK_FLAGS = {"--held-out", "--epochs", "--batch", "--latent-lr", "--scale-lr"}
 STAGE_FLAGS: dict[str, set[str]] = {  # what each fitted stage looks at
-    "hessian": {*TEXT_FLAGS, "--windows"},
-    "block": {
-        *TEXT_FLAGS,
-        "--windows",
-        "--held-out",
-        "--epochs",
-        "--batch",
-        "--latent-lr",
-        "--scale-lr",
-    },
-    "kd-scales": TEXT_FLAGS | SCALE_FLAGS,
-    "qat": {*TEXT_FLAGS, *SCALE_FLAGS, "--latent-lr"},
-    "experts": {*TEXT_FLAGS, *SCALE_FLAGS, "--latent-lr"},
+    "hessian": TEXT_FLAGS | {"--windows"},
+    "block": TEXT_FLAGS | BLOCK_FLAGS | {"--windows", "--start-from"},
+    "kd-scales": TEXT_FLAGS | SCALE_FLAGS | {"--start-from"},
+    "qat": TEXT_FLAGS | SCALE_FLAGS | {"--start-from", "--latent-lr"},
+    "experts": TEXT_FLAGS | SCALE_FLAGS | {"--start-from", "--latent-lr"},
 }
 EXIT_CODES = """
 exit codes: 0 done; 1 the source or checkpoint is malformed or unsupported; 2 wrong usage;
@@ -203,7 +196,7 @@ def _check_flags(
     if args.fsdp and not has_gpu():
         parser.error("--fsdp: accelerate has FSDP for GPUs only, found none; leave it out")
     named = {part.partition("=")[0] for part in given}
-    unused = {"--start-from"}.union(*STAGE_FLAGS.values())
+    unused = set[str]().union(*STAGE_FLAGS.values())
     if args.layers:
         if args.stage in FITTED_STAGES:
             parser.error(f"--layers: nothing is fitted, found --stage {args.stage}; leave one out")
@@ -214,8 +207,6 @@ def _check_flags(
     else:
         stages = [args.stage] if args.start_from else list(stages_up_to(args.stage))
         unused = unused.difference(*(STAGE_FLAGS[stage] for stage in stages))
-        if FITTED_STAGES[args.stage] is not None:
-            unused.remove("--start-from")
         reason = f"unused by --stage {args.stage}"
         if FITTED_STAGES[args.stage] is None:
             reason += ", which starts from the dense weights"

@@ -1,8 +1,4 @@
-"""The command line of the converter: parse, plan, run, report.
-
-Exit codes: 0 done; 1 the source or checkpoint is malformed or unsupported; 2 wrong usage;
-3 the target cannot be written (it exists, is locked, the disk is full); 130 interrupted, resumable.
-"""
+"""The command line of the converter: plan, run, report. Flags and exit codes: arguments.py."""
 
 import argparse
 import json
