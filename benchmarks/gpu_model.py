@@ -27,6 +27,8 @@ from harness import common_parser, logger, machine_facts, positive_int, start, w
 from vllm_bmos.kernels.triton import aot, launch
 
 E = 4
+DTYPE = "float16"
+DEFAULT_M = [1, 16, 256, 2048]
 SCALE_BYTES = 2
 ACTIVATION_BYTES = 2
 MMA_FLOPS = {"HMMA": 2 * 16 * 8 * 16}
@@ -115,16 +117,24 @@ class Shape:
 def main() -> int:
     """Run the command line."""
     parser = common_parser(__doc__.splitlines()[0], "gpu_model.json")
-    parser.add_argument("--M", nargs="+", type=positive_int, default=[1, 16, 256, 2048])
+    parser.add_argument(
+        "--M", nargs="+", type=positive_int, help=f"of the model alone; {DEFAULT_M} if not given"
+    )
     parser.add_argument("--measured", type=Path, metavar="FILE", help="a result of gpu_parts.py")
     args = parser.parse_args()
     start(args.threads)
     if args.measured:
-        return compare(json.loads(args.measured.read_text()), args.json)
+        if args.M:
+            parser.error("--M: with --measured the rows are those of FILE; leave one of them out")
+        try:
+            result = parts_of(args.measured)
+        except (OSError, ValueError) as error:
+            parser.error(f"--measured {args.measured}: {error}")
+        return compare(result, args.json)
     rows = [
         row
         for name, gpu in GPUS.items()
-        for M in args.M
+        for M in args.M or DEFAULT_M
         for row in model_rows(name, gpu, [Shape(K, N, M) for K, N in PAPER])
     ]
     result = {
@@ -176,6 +186,25 @@ def model_rows(name: str, gpu: Gpu, shapes: list[Shape]) -> Iterator[dict[str, A
         }
         logger.info("%s K=%d N=%d M=%d: %.2f us", name, shape.K, shape.N, shape.M, total)
         yield rounded(row)
+
+
+def parts_of(path: Path) -> dict[str, Any]:
+    """A result of gpu_parts.py.
+
+    Raises:
+        ValueError: it is something else, or of a GPU or layer that is not modelled here.
+    """
+    result: dict[str, Any] = json.loads(path.read_text())
+    gpu = result.get("machine", {}).get("gpu")
+    if gpu not in DRIVER_NAMES:
+        raise ValueError(f"machine.gpu: expected one of {sorted(DRIVER_NAMES)}, found {gpu!r}")
+    for index, row in enumerate(result.get("rows", [])):
+        if "kernels_us" not in row:
+            raise ValueError(f"rows[{index}]: expected a row of gpu_parts.py, found {sorted(row)}")
+        if (row["E"], row["dtype"]) != (E, DTYPE):
+            found = f"E = {row['E']} and {row['dtype']}"
+            raise ValueError(f"rows[{index}]: expected E = {E} and {DTYPE}, found {found}")
+    return result
 
 
 def compare(measured: dict[str, Any], path: Path) -> int:

@@ -6,7 +6,6 @@ import logging
 import os
 import platform
 import resource
-import signal
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -15,6 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # examples/ is not installed
+from examples.server import exit_by_exception
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -71,9 +73,7 @@ def start(threads: int) -> None:
 
     A SIGTERM or SIGHUP from now on raises SystemExit, so that servers that are running are stopped.
     """
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
-            signal.signal(number, lambda found, _: sys.exit(128 + found))
+    exit_by_exception()
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
     for noisy in ("vllm", "vllm_bmos", "matplotlib"):
         logging.getLogger(noisy).setLevel(logging.WARNING)

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from harness import (
-    REPOSITORY,
     common_parser,
     logger,
     machine_facts,
@@ -36,8 +35,6 @@ from make_model import (
     write_tokenizer,
 )
 from peers.llama_cpp_linear import LlamaCpp
-
-sys.path.append(str(REPOSITORY))  # examples/ is not installed
 from vllm_bench import Load, measure_server
 
 DEFAULT_WORK = Path.home() / ".cache" / "vllm-bmos" / "benchmarks"

@@ -26,7 +26,6 @@ from typing import Any
 import httpx
 import torch
 from harness import (
-    REPOSITORY,
     common_parser,
     logger,
     machine_facts,
@@ -50,8 +49,8 @@ from traffic import (
     load,
     make_jobs,
 )
+from vllm_bench import bound_to_cores
 
-sys.path.append(str(REPOSITORY))  # examples/ is not installed
 from examples.server import Server, session_pids
 
 SAMPLE_SECONDS = 5.0
@@ -83,6 +82,10 @@ def main() -> int:
         "and in about half of the stops waits for clients that it will never answer",
     )
     args = parser.parse_args()
+    try:
+        env = {"VLLM_CPU_KVCACHE_SPACE": "1", **bound_to_cores(args.threads)}
+    except ValueError as error:
+        parser.error(str(error))
     start(args.threads)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     args.json.parent.mkdir(parents=True, exist_ok=True)
@@ -104,7 +107,8 @@ def main() -> int:
         else:
             make_bmos_model(model, shape, E=4, seed=args.seed)
         options = ["--shutdown-timeout", str(args.shutdown_timeout)]
-        result |= soak(model, options, log, args.minutes * 60, args.slots, args.tokens, args.seed)
+        seconds = args.minutes * 60
+        result |= soak(model, options, env, log, seconds, args.slots, args.tokens, args.seed)
     result["failures"] = failures(result)
     write_json(args.json, result)
     for failure in result["failures"]:
@@ -113,7 +117,14 @@ def main() -> int:
 
 
 def soak(
-    model: Path, options: list[str], log: Path, seconds: float, slots: int, tokens: int, seed: int
+    model: Path,
+    options: list[str],
+    env: dict[str, str],
+    log: Path,
+    seconds: float,
+    slots: int,
+    tokens: int,
+    seed: int,
 ) -> dict[str, Any]:
     """Serve a tiny model, load, check and stop; the result without the machine."""
     work = model.parent
@@ -126,7 +137,7 @@ def soak(
     # On a CPU vLLM gives requests without an adapter the last slot's: it must stay free.
     options += ["--enable-lora", "--max-loras", str(len(ADAPTERS) + 1)]
     options += ["--max-lora-rank", str(RANK), "--lora-modules", *adapters]
-    env = {"VLLM_CPU_KVCACHE_SPACE": "1", "TMPDIR": str(temporary)}
+    env = {**env, "TMPDIR": str(temporary)}
     jobs = make_jobs(tokens, seed)
     result: dict[str, Any] = {}
     with Server(model, options, log, env=env) as server:

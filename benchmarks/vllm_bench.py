@@ -66,7 +66,7 @@ def measure_server(
         log=work / "server.log",
         env={
             "VLLM_CPU_KVCACHE_SPACE": str(load.kv_gib),
-            "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, _cores(load.threads))),
+            **bound_to_cores(load.threads),
         },
         timeout=START_SECONDS,
     )
@@ -128,8 +128,13 @@ def _bench(
     return found
 
 
-def _cores(threads: int) -> list[int]:
+def bound_to_cores(threads: int) -> dict[str, str]:
+    """The environment in which vLLM has a thread on each of the first `threads` usable cores.
+
+    Raises:
+        ValueError: this process may use fewer cores.
+    """
     cores = sorted(os.sched_getaffinity(0))
     if threads > len(cores):
         raise ValueError(f"--threads {threads}: this process may use {len(cores)} cores only")
-    return cores[:threads]
+    return {"VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores[:threads]))}
