@@ -11,10 +11,12 @@ from vllm_bmos.checkpoint.format import FormatError, TensorSpec
 
 # Blocks are numbered. What lies outside them (embeddings, heads, projections) stays dense.
 IN_BLOCK = re.compile(r"\.\d+\.")
-# A MoE block's routing layer: tiny, and its choice of experts is too sensitive for one bit.
-MOE_GATE = re.compile(r"\.(gate|router|shared_expert_gate)$")
+# Layers that decide between others: tiny, and too sensitive for one bit. Those of MoE blocks
+# choose experts; Gemma 3n's altup mixes its streams.
+ROUTING = re.compile(r"\.(gate|router|router\.proj|shared_expert_gate|altup\.\w+)$")
 # What Mixtral's files call the block that transformers calls mlp.
 MOE_BLOCKS = (".mlp.", ".block_sparse_moe.")
+FLOAT_TAG = "__float__"
 
 
 def decoder_linears(
@@ -41,7 +43,7 @@ def decoder_linears(
     found: dict[str, tuple[int, int]] = {}
     prefix = model.base_model_prefix
     for name, module in model.named_modules():
-        if module not in decoder or not IN_BLOCK.search(name) or MOE_GATE.search(name):
+        if module not in decoder or not IN_BLOCK.search(name) or ROUTING.search(name):
             continue
         if isinstance(module, torch.nn.Linear):
             on_disk = _name_on_disk(name, prefix, specs)
@@ -87,7 +89,9 @@ def meta_model(model_config: Mapping[str, Any], tensors: int) -> Any:
         raise FormatError(
             f"config.json: num_hidden_layers is {layers!r}, but the model has {tensors} tensors."
         )
-    values = {key: v for key, v in model_config.items() if key != "quantization_config"}
+    values = {
+        key: _plain_floats(v) for key, v in model_config.items() if key != "quantization_config"
+    }
     try:
         config = CONFIG_MAPPING[model_type].from_dict(values)
         with torch.device("meta"):
@@ -97,6 +101,15 @@ def meta_model(model_config: Mapping[str, Any], tensors: int) -> Any:
             f"config.json: transformers cannot build this {model_type} model "
             f"({type(error).__name__}: {error})."
         ) from None
+
+
+def _plain_floats(value: Any) -> Any:
+    """Any JSON with the floats that transformers writes as {"__float__": "Infinity"}, say."""
+    if isinstance(value, dict):
+        if value.keys() == {FLOAT_TAG}:
+            return float(value[FLOAT_TAG])
+        return {key: _plain_floats(inner) for key, inner in value.items()}
+    return [_plain_floats(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _name_on_disk(name: str, prefix: str, specs: Mapping[str, TensorSpec]) -> str:

@@ -15,20 +15,48 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
+    ArceeConfig,
     AutoModelForCausalLM,
+    Cohere2Config,
+    CohereConfig,
+    Ernie4_5Config,
+    Exaone4Config,
+    FalconConfig,
     Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
+    Glm4Config,
+    Glm4MoeConfig,
+    GlmConfig,
+    GPTJConfig,
+    GPTNeoXConfig,
+    GraniteConfig,
+    GraniteMoeConfig,
+    GraniteMoeHybridConfig,
+    HeliumConfig,
+    HunYuanDenseV1Config,
     LlamaConfig,
+    MinistralConfig,
     MistralConfig,
     MixtralConfig,
+    NemotronConfig,
+    Olmo2Config,
+    Olmo3Config,
+    OlmoConfig,
+    OlmoeConfig,
     OPTConfig,
     Phi3Config,
+    PhiConfig,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
     Qwen3MoeConfig,
+    SeedOssConfig,
+    SmolLM3Config,
+    StableLmConfig,
+    Starcoder2Config,
 )
 
 VOCAB = 512
@@ -80,12 +108,62 @@ MOE_CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
         mlp_only_layers=[0],
     ),
 }
+TIED = {**GQA, "tie_word_embeddings": True}
+# What is served as well, each tried once by a slow test.
+MORE_CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
+    "arcee": lambda: ArceeConfig(**HEADS),
+    "cohere": lambda: CohereConfig(**TIED),
+    "cohere2": lambda: Cohere2Config(**TIED),
+    "ernie4.5": lambda: Ernie4_5Config(**HEADS),
+    "exaone4": lambda: Exaone4Config(**HEADS),
+    "falcon": lambda: FalconConfig(  # q, k and v of each group lie together on the disk
+        **SHAPE, num_kv_heads=2, new_decoder_architecture=True
+    ),
+    "falcon-mha": lambda: FalconConfig(**SHAPE, multi_query=False, parallel_attn=False, bias=True),
+    "glm": lambda: GlmConfig(**HEADS),
+    "glm4": lambda: Glm4Config(**HEADS),
+    "gpt-j": lambda: GPTJConfig(
+        vocab_size=VOCAB, n_positions=256, n_embd=128, n_layer=2, n_head=4, rotary_dim=16
+    ),
+    "gpt-neox": lambda: GPTNeoXConfig(**SHAPE, intermediate_size=160),
+    "granite": lambda: GraniteConfig(**GQA),
+    "granite-hybrid": lambda: GraniteMoeHybridConfig(  # state spaces and attention
+        **GQA,
+        layer_types=["mamba", "attention"],
+        num_local_experts=0,
+        mamba_n_heads=8,
+        mamba_d_head=32,
+        mamba_d_state=16,
+    ),
+    "helium": lambda: HeliumConfig(**HEADS),
+    "hunyuan": lambda: HunYuanDenseV1Config(**HEADS),
+    "ministral": lambda: MinistralConfig(**HEADS),
+    "nemotron": lambda: NemotronConfig(**HEADS),
+    "olmo": lambda: OlmoConfig(**GQA),
+    "olmo2": lambda: Olmo2Config(**GQA),
+    "olmo3": lambda: Olmo3Config(**GQA),
+    "phi": lambda: PhiConfig(**GQA),
+    "seed-oss": lambda: SeedOssConfig(**HEADS),
+    "smollm3": lambda: SmolLM3Config(**GQA),
+    "stablelm": lambda: StableLmConfig(**GQA, use_qkv_bias=True),
+    "starcoder2": lambda: Starcoder2Config(**GQA),
+}
+MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 96}
+MORE_MOE_CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
+    "glm4-moe": lambda: Glm4MoeConfig(**HEADS, **MOE, n_routed_experts=5),
+    "granite-moe": lambda: GraniteMoeConfig(**GQA, num_local_experts=5, num_experts_per_tok=2),
+    "olmoe": lambda: OlmoeConfig(**GQA, num_experts=5, num_experts_per_tok=2),
+    "qwen2-moe": lambda: Qwen2MoeConfig(
+        **GQA, **MOE, num_experts=5, shared_expert_intermediate_size=96
+    ),
+}
+ALL_CONFIGS = CONFIGS | MOE_CONFIGS | MORE_CONFIGS | MORE_MOE_CONFIGS
 
 
 def random_model(arch: str, seed: int = 0) -> PreTrainedModel:
     """A dense fp32 model whose greedy continuations vary: tests assert that they do."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config((CONFIGS | MOE_CONFIGS)[arch](), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(ALL_CONFIGS[arch](), dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1:
@@ -103,12 +181,14 @@ def random_model(arch: str, seed: int = 0) -> PreTrainedModel:
 
 
 def linear_names(model: PreTrainedModel) -> list[str]:
-    """Every linear layer of the decoder; not the output embeddings, which stay dense."""
+    """Every linear layer of the decoder that is packed; the output embeddings stay dense."""
     head = model.get_output_embeddings()
     return [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head
+        if isinstance(module, nn.Linear)
+        and module is not head
+        and not name.endswith("shared_expert_gate")
     ]
 
 
@@ -168,11 +248,12 @@ def write_packed(
     }
     (path / "config.json").write_text(json.dumps(config))
     names = {torch.uint8: "U8", torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
+    raw = {name: tensor.flatten().view(torch.uint8).numpy() for name, tensor in tensors.items()}
     manifest = {
         name: {
             "dtype": names[tensor.dtype],
             "shape": list(tensor.shape),
-            "sha256": hashlib.sha256(tensor.view(torch.uint8).numpy().tobytes()).hexdigest(),
+            "sha256": hashlib.sha256(raw[name].tobytes()).hexdigest(),
         }
         for name, tensor in tensors.items()
     }

@@ -1,10 +1,11 @@
 """Which layers are quantized."""
 
 import json
+import math
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Gemma3nTextConfig, GraniteMoeHybridConfig
 
 from converters.structure import decoder_linears, meta_model
 from tests.tiny import CONFIGS, linear_names
@@ -34,6 +35,21 @@ def test_names_without_the_base_prefix():
     _, config, specs = described(CONFIGS["opt"]())
     short = {name.removeprefix("model."): spec for name, spec in specs.items()}
     assert "decoder.layers.0.fc1" in decoder_linears(config, short)
+
+
+def test_floats_that_json_does_not_have():
+    config = GraniteMoeHybridConfig(num_hidden_layers=1, layer_types=["mamba"])
+    values = json.loads(config.to_json_string(use_diff=False))
+    assert values["time_step_limit"][1] == {"__float__": "Infinity"}
+    assert meta_model(values, 99).config.time_step_limit[1] == math.inf
+
+
+def test_layers_that_choose_between_others_stay_dense():
+    _, config, specs = described(Gemma3nTextConfig(num_hidden_layers=5, num_kv_shared_layers=0))
+    linears = decoder_linears(config, specs)
+    assert "model.layers.0.mlp.up_proj" in linears
+    assert not [name for name in linears if "altup" in name]
+    assert any("altup" in name for name in specs)
 
 
 def test_a_missing_weight_is_named():

@@ -12,7 +12,7 @@ from tests.engine.compare import (
     reference_answers,
     vllm_answers,
 )
-from tests.tiny import CONFIGS, make_packed
+from tests.tiny import CONFIGS, MORE_CONFIGS, make_packed
 
 
 @pytest.mark.feature(
@@ -21,6 +21,21 @@ from tests.tiny import CONFIGS, make_packed
 @pytest.mark.parametrize("arch", CONFIGS)
 def test_fp32_greedy_tokens_and_logprobs_equal_transformers(arch: str, tmp_path: Path) -> None:
     path = make_packed(arch, tmp_path)
+    expected = reference_answers(path, torch.float32)
+    assert_varied(expected)
+    assert_same(vllm_answers(path, "float32"), expected, tolerance=2e-3)
+
+
+@pytest.mark.feature(
+    "Numerics",
+    f"eager, float32, once each: {', '.join(MORE_CONFIGS)}",
+    against="transformers, equal tokens",
+)
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", MORE_CONFIGS)
+def test_many_models_equal_transformers(arch: str, tmp_path: Path) -> None:
+    path = make_packed(arch, tmp_path, seed=1)
+    # Some of these run as transformers' model in vLLM, which changes the class in this process.
     expected = reference_answers(path, torch.float32)
     assert_varied(expected)
     assert_same(vllm_answers(path, "float32"), expected, tolerance=2e-3)

@@ -25,7 +25,7 @@ from tests.engine.compare import (
     subprocess_answers,
     vllm_answers,
 )
-from tests.tiny import MOE_CONFIGS, make_packed
+from tests.tiny import MOE_CONFIGS, MORE_MOE_CONFIGS, make_packed
 from vllm_bmos.plugin.versions import unsupported_cpu_moe
 
 OLD_VLLM = unsupported_cpu_moe()
@@ -52,6 +52,20 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
 @pytest.mark.parametrize("arch", MOE_CONFIGS)
 def test_fp32_greedy_tokens_and_logprobs_equal_transformers(arch: str, made: Made) -> None:
     path, expected = made[arch]
+    assert_same(vllm_answers(path, "float32"), expected, tolerance=2e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.feature(
+    "Numerics",
+    f"mixtures of experts, eager, float32, once each: {', '.join(MORE_MOE_CONFIGS)}",
+    against="transformers, equal tokens",
+)
+@pytest.mark.parametrize("arch", MORE_MOE_CONFIGS)
+def test_more_models_equal_transformers(arch: str, tmp_path: Path) -> None:
+    path = make_packed(arch, tmp_path)
+    expected = reference_answers(path, torch.float32)
+    assert_varied(expected)
     assert_same(vllm_answers(path, "float32"), expected, tolerance=2e-3)
 
 

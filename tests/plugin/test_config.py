@@ -1,6 +1,7 @@
 """What the plugin claims, and what it refuses before any weight is read."""
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,7 @@ from vllm_bmos.plugin.config import BinaryMosVllmConfig
 from vllm_bmos.plugin.linear import BinaryMosLinearMethod
 from vllm_bmos.plugin.versions import refusing_config, unsupported_cpu_moe, unsupported_vllm
 
+QKV_PROJ = "self_attn.qkv_proj"
 QKV = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]
 
 
@@ -53,21 +55,72 @@ def test_a_partly_quantized_merged_layer_is_refused() -> None:
         vllm_config(QKV[0], QKV[2]).get_quant_method(linear(), "self_attn.qkv_proj")
 
 
-def test_a_gate_and_up_that_the_model_did_not_announce_are_one_layer() -> None:
-    config = vllm_config("mlp.gate_proj", "mlp.up_proj")
-    method = config.get_quant_method(linear(), "mlp.gate_up_proj")
+@pytest.mark.parametrize(
+    ("merged", "names"), [("mlp.gate_up_proj", ["mlp.gate_proj", "mlp.up_proj"]), (QKV_PROJ, QKV)]
+)
+def test_usual_merges_that_the_model_did_not_announce_are_one_layer(
+    merged: str, names: list[str]
+) -> None:
+    config = BinaryMosVllmConfig(BinaryMosConfig(4, tuple(names)))
+    method = config.get_quant_method(linear(), merged)
     assert isinstance(method, BinaryMosLinearMethod)
-    assert method.names == ["mlp.gate_proj", "mlp.up_proj"]
+    assert method.names == names
 
 
-@pytest.mark.parametrize(("E", "norm"), [(4, None), (1, "layer_norm")])
-def test_a_layer_that_vllm_folds_into_others_is_refused(E: int, norm: str | None) -> None:
-    name = "model.layers.0.self_attn.kv_b_proj"
-    config = BinaryMosVllmConfig(BinaryMosConfig(E, (name,), output_norm=norm))
-    with pytest.raises(ValueError, match=r"kv_b_proj: vLLM folds .* --ignore 'kv_b_proj'"):
-        config.get_quant_method(linear(), name)
-    one = BinaryMosVllmConfig(BinaryMosConfig(1, (name,)))
-    assert isinstance(one.get_quant_method(linear(), name), BinaryMosLinearMethod)
+def test_layers_of_a_base_model_are_found_under_the_prefix_that_vllm_adds() -> None:
+    config = vllm_config("layers.0.fc1")
+    method = config.get_quant_method(linear(), "model.layers.0.fc1")
+    assert isinstance(method, BinaryMosLinearMethod) and method.names == ["layers.0.fc1"]
+    whole = vllm_config("model.layers.0.fc1", "layers.0.fc2")
+    assert isinstance(
+        whole.get_quant_method(linear(), "model.layers.0.fc2"), UnquantizedLinearMethod
+    )
+
+
+def test_layers_of_hybrids_are_found_under_the_name_that_vllm_gives_them() -> None:
+    config = vllm_config("model.layers.0.mamba.in_proj")
+    method = config.get_quant_method(linear(), "model.layers.0.mixer.in_proj")
+    assert isinstance(method, BinaryMosLinearMethod)
+    assert method.names == ["model.layers.0.mamba.in_proj"]
+    own = vllm_config("model.layers.0.mixer.in_proj")
+    method = own.get_quant_method(linear(), "model.layers.0.mixer.in_proj")
+    assert isinstance(method, BinaryMosLinearMethod)
+
+
+def test_layers_without_a_place_in_the_model_are_named(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    parallel = SimpleNamespace(pipeline_parallel_size=1)
+    config = vllm_config("layers.0.x_proj", "layers.1.x_proj", "layers.0.fc1")
+    config.get_quant_method(linear(), "layers.0.fc1")
+    monkeypatch.setattr(
+        plugin_config,
+        "get_current_vllm_config_or_none",
+        lambda: SimpleNamespace(parallel_config=parallel),
+    )
+    said: list[str] = []
+    monkeypatch.setattr(
+        plugin_config.logger, "warning_once", lambda text, *parts: said.append(text % parts)
+    )
+    assert isinstance(config.get_cache_scale_mapper(), WeightsMapper)
+    assert re.search(r"2 .* first is layers\.0\.x_proj.* --ignore '\\\.\(x_proj\)\$'", said.pop())
+    parallel.pipeline_parallel_size = 2  # a stage has a part of the layers
+    config.get_cache_scale_mapper()
+    assert not said
+
+
+def test_a_dense_model_is_not_served_as_a_packed_one() -> None:
+    with pytest.raises(FormatError, match=r"--quantization binarymos: .* not a packed checkpoint"):
+        BinaryMosVllmConfig()
+
+
+def test_parts_that_cannot_be_told_apart_are_refused() -> None:
+    names = ["in_proj_qkv", "in_proj_z"]
+    method = BinaryMosLinearMethod(BinaryMosConfig(1, tuple(names)), names, None, complete=False)
+    with pytest.raises(
+        ValueError, match=r"one layer of 4 parts.*'\\.\(in_proj_qkv\|in_proj_z\)\$'"
+    ):
+        method.create_weights(linear(), 64, [8, 8, 8, 8], 64, 32, torch.float32)
 
 
 def test_a_folder_without_weights_has_no_inventory_to_check(packed: Path, tmp_path: Path) -> None:
@@ -83,18 +136,6 @@ def test_a_folder_without_weights_has_no_inventory_to_check(packed: Path, tmp_pa
     (tmp_path / "one").write_bytes(b"a shard")
     with pytest.raises(FormatError):
         config.maybe_update_config(str(tmp_path))
-
-
-def test_latent_attention_that_vllm_does_not_fold_is_served(monkeypatch: Any) -> None:
-    name = "model.layers.0.self_attn.kv_b_proj"
-    plain = SimpleNamespace(
-        model_config=SimpleNamespace(use_mla=False),
-        load_config=SimpleNamespace(load_format="dummy"),
-        lora_config=None,
-    )
-    monkeypatch.setattr(plugin_config, "get_current_vllm_config_or_none", lambda: plain)
-    method = BinaryMosVllmConfig(BinaryMosConfig(4, (name,))).get_quant_method(linear(), name)
-    assert isinstance(method, BinaryMosLinearMethod) and not method.complete
 
 
 def test_a_checkpoint_on_the_hub_is_checked_before_it_is_loaded(

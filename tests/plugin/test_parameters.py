@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from vllm_bmos.checkpoint.format import packed_width
+from vllm_bmos.checkpoint.format import IN_SCALE, OUT_SCALE, ROUTER, WEIGHT, packed_width
 from vllm_bmos.kernels import LinearConfig
-from vllm_bmos.plugin.parameters import empty_tensors
+from vllm_bmos.plugin.parameters import empty_tensors, register_tensors
 
 CONFIG = LinearConfig(
     K=4101,
@@ -24,6 +24,20 @@ def resident_bytes() -> int:
     status = Path("/proc/self/status").read_text()
     (line,) = (line for line in status.splitlines() if line.startswith("RssAnon:"))
     return int(line.split()[1]) * 1024
+
+
+def test_parameters_say_where_their_outputs_lie() -> None:
+    layer = torch.nn.Module()
+    tensors = empty_tensors(CONFIG)
+    register_tensors(layer, tensors, lambda *_: None)
+    found = {name: getattr(p, "output_dim", None) for name, p in layer.named_parameters()}
+    assert found == {
+        WEIGHT: 0,
+        OUT_SCALE: 1,
+        IN_SCALE: None,
+        ROUTER: None,
+    }
+    assert tensors.weight.shape[0] == tensors.out_channel_scale.shape[1] == CONFIG.N
 
 
 @pytest.mark.parametrize("stack", [(), (5,)])

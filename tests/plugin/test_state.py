@@ -4,10 +4,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from vllm.config import VllmConfig
 
 from vllm_bmos.kernels import kernels
 from vllm_bmos.plugin import state
-from vllm_bmos.plugin.state import LAYOUT, SavedLayout
+from vllm_bmos.plugin.state import COMPILE_KEY, LAYOUT, SavedLayout
 
 
 def layer_of(kernel: str) -> tuple[torch.nn.Module, SavedLayout]:
@@ -17,7 +18,8 @@ def layer_of(kernel: str) -> tuple[torch.nn.Module, SavedLayout]:
 
 @pytest.fixture
 def loading(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = SimpleNamespace(load_config=SimpleNamespace(load_format="sharded_state"))
+    load = SimpleNamespace(load_format="sharded_state")
+    config = SimpleNamespace(load_config=load, additional_config={})
     monkeypatch.setattr(state, "get_current_vllm_config_or_none", lambda: config)
 
 
@@ -41,6 +43,19 @@ def test_a_loaded_state_must_be_of_the_same_kernel(kernel: str, loading: None) -
     else:
         with pytest.raises(ValueError, match=r"layers.0.o_proj.*VLLM_BMOS_KERNEL=cpu"):
             layout.check()
+
+
+def test_compiled_graphs_are_looked_up_by_the_kernels_they_call(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = VllmConfig()
+    monkeypatch.setattr(state, "get_current_vllm_config_or_none", lambda: config)
+    hashes = [config.compute_hash()]
+    for kernel in ("cpu", "cpu", "reference"):
+        layer_of(kernel)
+        hashes.append(config.compute_hash())
+    assert hashes[1] == hashes[2] and len(set(hashes)) == 3
+    assert config.additional_config == {COMPILE_KEY: ["cpu", "reference"]}
 
 
 def test_a_module_may_hold_several_layers() -> None:

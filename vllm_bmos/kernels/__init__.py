@@ -5,16 +5,27 @@ import os
 from functools import cache
 
 from vllm_bmos.kernels.base import Kernel, LinearConfig, LinearTensors
-from vllm_bmos.kernels.cpu import CpuKernel
+from vllm_bmos.kernels.cpu import ISA_ENV, LIBRARY_ENV, MODE_ENV, CpuKernel
 from vllm_bmos.kernels.dequant import DequantKernel
 from vllm_bmos.kernels.reference import ReferenceKernel
 from vllm_bmos.kernels.triton import TritonKernel
+from vllm_bmos.kernels.triton.configs import CONFIGS_ENV
+from vllm_bmos.kernels.triton.selfcheck import SELFCHECK_ENV
 
-__all__ = ["KERNEL_ENV", "Kernel", "LinearConfig", "LinearTensors", "choose_kernel", "kernels"]
+__all__ = [
+    "ENVIRONMENT",
+    "KERNEL_ENV",
+    "Kernel",
+    "LinearConfig",
+    "LinearTensors",
+    "choose_kernel",
+    "kernels",
+]
 
 logger = logging.getLogger(__name__)
 
 KERNEL_ENV = "VLLM_BMOS_KERNEL"
+ENVIRONMENT = (KERNEL_ENV, ISA_ENV, MODE_ENV, LIBRARY_ENV, CONFIGS_ENV, SELFCHECK_ENV)
 
 
 @cache

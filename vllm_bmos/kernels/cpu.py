@@ -26,10 +26,11 @@ from vllm_bmos.checkpoint.signs import check_width
 from vllm_bmos.kernels import large_pages, torch_op
 from vllm_bmos.kernels.base import Kernel, LinearConfig, LinearTensors
 
-__all__ = ["ISA_ENV", "MODE_ENV", "CpuKernel", "isa", "isas", "library", "mode"]
+__all__ = ["ISA_ENV", "LIBRARY_ENV", "MODE_ENV", "CpuKernel", "isa", "isas", "library", "mode"]
 
 ISA_ENV = "VLLM_BMOS_CPU_ISA"
 MODE_ENV = "VLLM_BMOS_CPU_MODE"
+LIBRARY_ENV = "VLLM_BMOS_CPU_LIBRARY"
 
 # The enums of csrc/bmos.h.
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -37,9 +38,7 @@ MODES = {"int8": 1, "default": 2, "exact": 4}
 MAX_K = 65536  # kMaxK of csrc/kernels.h
 
 # Another build of the library, with sanitizers, say, may be named.
-LIBRARY = Path(
-    os.environ.get("VLLM_BMOS_CPU_LIBRARY") or Path(__file__).with_name("libbmos_cpu.so")
-)
+LIBRARY = Path(os.environ.get(LIBRARY_ENV) or Path(__file__).with_name("libbmos_cpu.so"))
 
 
 class CpuKernel(Kernel):

@@ -5,6 +5,8 @@ it is idempotent, cheap, and turns an unsupported vLLM into an error that a user
 """
 
 import logging
+import os
+from functools import partial
 
 from vllm_bmos.checkpoint.format import QUANT_METHOD
 
@@ -28,6 +30,15 @@ def register() -> None:
     if reason is not None:
         register_quantization_config(QUANT_METHOD)(refusing_config(reason))
         return
+
+    # vLLM warns of variables that it does not know, or stops (--fail-on-environ-validation). Of
+    # those it knows, compiled graphs depend on the values, and Ray's workers get them.
+    from vllm.envs import environment_variables
+
+    from vllm_bmos.kernels import ENVIRONMENT
+
+    for name in ENVIRONMENT:
+        environment_variables.setdefault(name, partial(os.environ.get, name))
 
     from vllm_bmos.plugin.config import BinaryMosVllmConfig
 

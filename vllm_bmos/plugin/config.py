@@ -22,6 +22,7 @@ from vllm_bmos.plugin.embedding import LeanEmbeddingMethod
 from vllm_bmos.plugin.linear import BinaryMosLinearMethod
 from vllm_bmos.plugin.memory import available_bytes, check_memory
 from vllm_bmos.plugin.moe import BinaryMosMoEMethod
+from vllm_bmos.plugin.transformed import refuse_transformed
 
 if TYPE_CHECKING:
     from vllm.model_executor.models.utils import WeightsMapper
@@ -40,12 +41,17 @@ CHECKPOINT_LOAD_FORMATS = {
 }
 
 
-# The layer of multi-head latent attention that vLLM multiplies into its neighbours.
-ABSORBED = "kv_b_proj"
 # vLLM builds the draft model of a speculative pair under this prefix.
 DRAFT_PREFIX = "draft_model."
-# Qwen3-MoE says that its dense blocks have it only when they are being built.
-LATE_MERGES = {"gate_up_proj": ["gate_proj", "up_proj"]}
+# StableLM and GPT-J do not announce the first, Qwen3-MoE the second only when it is being built.
+USUAL_MERGES = {
+    "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+    "gate_up_proj": ["gate_proj", "up_proj"],
+}
+# What checkpoints of base models (of embeddings, say) lack; vLLM adds it as it loads them.
+BASE_PREFIX = "model."
+# What Granite 4, Falcon H1 and Zamba 2 keep as the latter, vLLM builds as the former.
+MIXER, MAMBA = ".mixer.", ".mamba."
 
 
 def reads_checkpoint(vllm_config: VllmConfig) -> bool:
@@ -64,12 +70,19 @@ class BinaryMosVllmConfig(QuantizationConfig):
         nbytes: bytes of all tensors of those files.
     """
 
-    def __init__(self, config: BinaryMosConfig) -> None:
+    def __init__(self, config: BinaryMosConfig | None = None) -> None:
         super().__init__()
+        if config is None:  # vLLM's way for methods that need nothing from the model
+            raise FormatError(
+                f"--quantization {QUANT_METHOD}: config.json has no quantization_config, so this "
+                "is not a packed checkpoint. Convert the model with hf-to-bmos and serve the "
+                "result, or leave the option out."
+            )
         self.config = config
         self.modules = {name: name for name in config.modules}
         self.biases: dict[str, bool] | None = None
         self.nbytes = 0
+        self._claimed: set[str] = set()
 
     @classmethod
     def get_name(cls) -> Any:
@@ -130,7 +143,7 @@ class BinaryMosVllmConfig(QuantizationConfig):
         Raises:
             ValueError: if a layer is quantized in the checkpoint and cannot be served.
         """
-        prefix = prefix.removeprefix(DRAFT_PREFIX)
+        prefix = self._name_in_modules(prefix)
         if isinstance(layer, RoutedExperts):
             return self._experts_method(layer, prefix)
         if not isinstance(layer, LinearBase):
@@ -139,10 +152,19 @@ class BinaryMosVllmConfig(QuantizationConfig):
         names = self._claim(prefix, self.shard_names(prefix))
         if names is None:
             return UnquantizedLinearMethod()
-        self._refuse_absorbed(prefix, names[0])
+        refuse_transformed(prefix, names[0], self.config)
         found = self._loaded_biases()
         biases = None if found is None else [found[name] for name in names]
         return BinaryMosLinearMethod(self.config, names, biases, self._is_read())
+
+    def _name_in_modules(self, prefix: str) -> str:
+        """What `modules` would call the layer that vLLM builds under `prefix`."""
+        prefix = prefix.removeprefix(DRAFT_PREFIX)
+        if not any(name.startswith(BASE_PREFIX) for name in self.modules):
+            prefix = prefix.removeprefix(BASE_PREFIX)
+        if not any(MIXER in name for name in self.modules):
+            prefix = prefix.replace(MIXER, MAMBA)
+        return prefix
 
     def _experts_method(self, layer: RoutedExperts, prefix: str) -> QuantizeMethodBase | None:
         """The method for the feed-forward experts of a mixture-of-experts layer."""
@@ -185,7 +207,24 @@ class BinaryMosVllmConfig(QuantizationConfig):
         if self.biases is None:
             self._read_checkpoint_at_load()
         self._check_machine()
-        return [self.modules[shard] for shard in shards]
+        names = [self.modules[shard] for shard in shards]
+        self._claimed.update(names)
+        return names
+
+    def get_cache_scale_mapper(self) -> "WeightsMapper":  # type: ignore[override]  # static there
+        """VLLM asks for it when a whole model is built and its weights are about to be loaded."""
+        vllm_config = get_current_vllm_config_or_none()
+        left = sorted(set(self.config.modules) - self._claimed)
+        if left and vllm_config and vllm_config.parallel_config.pipeline_parallel_size == 1:
+            logger.warning_once(
+                "BinaryMoS: vLLM's model has no place for %d quantized layers, the first is %s. If "
+                "it fails to load them, it builds such layers without quantization: convert the "
+                r"model again with --ignore '\.(%s)$'.",
+                len(left),
+                left[0],
+                "|".join(sorted({name.rpartition(".")[2] for name in left})),
+            )
+        return super().get_cache_scale_mapper()
 
     def shard_names(self, prefix: str) -> list[str]:
         """The logical layers, by vLLM's names, that vLLM merges into `prefix`, in order.
@@ -193,7 +232,7 @@ class BinaryMosVllmConfig(QuantizationConfig):
         A layer that is already fused on disk (Phi-3) is its own only shard.
         """
         parent, _, leaf = prefix.rpartition(".")
-        merged = {**LATE_MERGES, **self.packed_modules_mapping}
+        merged = {**USUAL_MERGES, **self.packed_modules_mapping}
         if prefix in self.modules or leaf not in merged:
             return [prefix]
         head = f"{parent}." if parent else ""
@@ -208,24 +247,6 @@ class BinaryMosVllmConfig(QuantizationConfig):
             f"{type(layer).__name__} yet. Convert the model again with --ignore "
             f"'{prefix.rpartition('.')[2]}'."
         )
-
-    def _refuse_absorbed(self, prefix: str, name: str) -> None:
-        """Refuse a layer that vLLM multiplies into others: what depends on the token cannot be.
-
-        Multi-head latent attention takes the weight of `kv_b_proj` out of the layer by running it
-        on a unit matrix, whose rows have gates of their own.
-        """
-        if prefix.rpartition(".")[2] != ABSORBED:
-            return
-        vllm_config = get_current_vllm_config_or_none()
-        if vllm_config is not None and not vllm_config.model_config.use_mla:
-            return
-        if self.config.num_experts > 1 or self.config.output_norm:
-            raise ValueError(
-                f"{name}: vLLM folds this layer of multi-head latent attention into others, which "
-                "is wrong for scales or a norm that depend on the token. Convert the model again "
-                f"with --ignore '{ABSORBED}', or with --experts 1."
-            )
 
     def _is_read(self) -> bool:
         """Whether every tensor has to come from the checkpoint's files."""
@@ -249,8 +270,8 @@ class BinaryMosVllmConfig(QuantizationConfig):
         nbytes, self.nbytes = self.nbytes, 0  # once, not for every layer
         if nbytes:
             parallel = vllm_config.parallel_config
-            ranks = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
-            check_memory(nbytes, ranks, available_bytes())
+            # All of a machine's ranks are about to load their parts into the same memory.
+            check_memory(nbytes // parallel.nnodes_within_dp, available_bytes())
 
     def _read_checkpoint_at_load(self) -> None:
         vllm_config = get_current_vllm_config_or_none()

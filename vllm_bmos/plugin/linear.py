@@ -75,7 +75,8 @@ class BinaryMosLinearMethod(LinearMethodBase):
         """Allocate this rank's part of the layer, in the checkpoint's layout.
 
         Raises:
-            ValueError: if K does not split into whole bytes of signs over the ranks.
+            ValueError: if K does not split into whole bytes of signs over the ranks, or it is not
+                known which parts of the layer are which on the disk.
         """
         E, K = self.config.num_experts, input_size_per_partition
         scale_dtype = getattr(torch, self.config.scale_dtype)
@@ -83,6 +84,13 @@ class BinaryMosLinearMethod(LinearMethodBase):
             raise ValueError(
                 f"{self.names[0]}: layers with output_norm need all their outputs on one rank. Use "
                 "--tensor-parallel-size 1."
+            )
+        if 1 < len(self.names) != len(output_partition_sizes):
+            leaves = "|".join(name.rpartition(".")[2] for name in self.names)
+            raise ValueError(
+                f"{', '.join(self.names)}: vLLM serves these as one layer of "
+                f"{len(output_partition_sizes)} parts, and vllm-bmos cannot tell which are whose. "
+                rf"Convert the model again with --ignore '\.({leaves})$'."
             )
         split_K = isinstance(layer, RowParallelLinear) and layer.tp_size > 1
         if split_K and K % 8:

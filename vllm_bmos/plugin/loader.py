@@ -24,6 +24,21 @@ from vllm_bmos.checkpoint.format import (
 QKV_SHARDS = {"q": 0, "k": 1, "v": 2}
 
 
+def suffix_of(param: torch.nn.Parameter, name: str) -> str:
+    """The format's name of a parameter that is allocated, and not yet prepared for a kernel.
+
+    Raises:
+        ValueError: if it has been prepared; `name` is then the layer in the message.
+    """
+    suffix: str | None = getattr(param, "bmos_suffix", None)
+    if suffix is None:
+        raise ValueError(
+            f"{name}: its tensors have been laid out for a kernel, so that checkpoint tensors "
+            "cannot be copied into them. Use vLLM's reload_weights in place of load_weights."
+        )
+    return suffix
+
+
 @dataclass(frozen=True)
 class Slice:
     """Which part of a dimension this rank holds: [start, start + size) of `full`."""
@@ -72,8 +87,7 @@ class LayerLoader:
         loaded_shard_id: str | int | None = None,
     ) -> None:
         """What vLLM calls: `load` into the parameter of a layer."""
-        suffix: str = param.bmos_suffix  # type: ignore[attr-defined]
-        self.load(param.data, suffix, loaded_weight, loaded_shard_id)
+        self.load(param.data, suffix_of(param, self.names[0]), loaded_weight, loaded_shard_id)
 
     def load(
         self,
@@ -134,10 +148,12 @@ class LayerLoader:
         spec = linear_specs(N, self.inputs.full, self.num_experts, self.scale_dtype)[suffix]
         dtype = torch.uint8 if suffix == WEIGHT else getattr(torch, self.scale_dtype)
         if tuple(loaded.shape) != spec.shape or loaded.dtype != dtype:
+            split = any(part.size != part.full for part in (self.inputs, *self.outputs))
             raise FormatError(
                 f"{name}: the model of config.json needs {dtype} {list(spec.shape)}, found "
                 f"{loaded.dtype} {list(loaded.shape)}. config.json and the weights do not belong "
                 "together, or one of them is damaged; convert the model again."
+                + (" Or vLLM splits it in a way of its own: try one rank." if split else "")
             )
         if suffix in SCALES and not loaded.is_meta and not torch.isfinite(loaded).all():
             raise FormatError(

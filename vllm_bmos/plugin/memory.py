@@ -25,25 +25,22 @@ def quantized_bytes(model: nn.Module) -> int:
     return sum(found.values())
 
 
-def check_memory(nbytes: int, ranks: int, available: int | None) -> None:
+def check_memory(nbytes: int, available: int | None) -> None:
     """Refuse a model that cannot fit before the system kills the process without a word.
 
     Args:
-        nbytes: bytes of all of the checkpoint's tensors.
-        ranks: over how many ranks they are split.
-        available: bytes that this process can still get; None if that is not known.
+        nbytes: bytes of the tensors that all ranks on this machine are going to load.
+        available: bytes that they can still get; None if that is not known.
 
     Raises:
         ValueError: saying how much is needed and how much there is.
     """
-    share = nbytes // ranks
-    if available is None or share <= available:
+    if available is None or nbytes <= available:
         return
     raise ValueError(
-        f"The weights take {share / 1e9:.3g} GB on this rank, besides the KV cache "
+        f"The weights take {nbytes / 1e9:.3g} GB on this machine, besides the KV cache "
         f"(VLLM_CPU_KVCACHE_SPACE) and vLLM itself, and {available / 1e9:.3g} GB of memory are "
-        "available. Free some, or serve on a larger machine or on several (--tensor-parallel-size, "
-        "--pipeline-parallel-size)."
+        "available. Free some, or serve on a larger machine or on several (--nnodes)."
     )
 
 

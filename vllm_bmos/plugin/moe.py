@@ -27,7 +27,7 @@ from vllm_bmos.checkpoint.format import REQUIRED, BinaryMosConfig
 from vllm_bmos.kernels import LinearConfig, choose_kernel
 from vllm_bmos.plugin.ffn_experts import ACTIVATIONS, ffn_experts
 from vllm_bmos.plugin.linear import check_split
-from vllm_bmos.plugin.loader import LayerLoader, Slice
+from vllm_bmos.plugin.loader import LayerLoader, Slice, suffix_of
 from vllm_bmos.plugin.parameters import (
     empty_tensors,
     register_tensors,
@@ -98,7 +98,7 @@ class BinaryMosMoEMethod(FusedMoEMethodBase):
             index = int(number(expert_id))
             if index >= 0:
                 stack, shard = (self.w2, 0) if shard_id == "w2" else (self.w13, shard_id == "w3")
-                suffix: str = param.bmos_suffix  # type: ignore[attr-defined]
+                suffix = suffix_of(param, self.names[expert_id][0])
                 stack.loaders[index].load(param.data[index], suffix, loaded_weight, int(shard))
             return index >= 0 if return_success else None
 

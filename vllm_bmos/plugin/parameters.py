@@ -11,8 +11,10 @@ from collections.abc import Callable
 import torch
 from vllm.model_executor.utils import replace_parameter
 
-from vllm_bmos.checkpoint.format import REQUIRED, packed_width
+from vllm_bmos.checkpoint.format import OUT_SCALE, REQUIRED, WEIGHT, packed_width
 from vllm_bmos.kernels import LinearConfig, LinearTensors
+
+N_DIMENSION = {WEIGHT: 0, OUT_SCALE: 1}
 
 
 def empty_tensors(config: LinearConfig, *stack: int) -> LinearTensors:
@@ -45,11 +47,17 @@ def register_tensors(
     weight_loader: Callable[..., object],
     prefix: str = "",
 ) -> None:
-    """Give the layer the tensors as parameters; each knows its name in the format."""
+    """Give the layer the tensors as parameters; each knows its name in the format.
+
+    Those with rows or columns of N say which dimension it is: vLLM's Falcon asks, to bring q, k
+    and v of all heads, which alternate on the disk, in the order that it serves them in.
+    """
     for suffix, tensor in zip(REQUIRED, tensors.in_order(), strict=True):
         parameter = torch.nn.Parameter(tensor, requires_grad=False)
         parameter.bmos_suffix = suffix  # type: ignore[attr-defined]
         parameter.weight_loader = weight_loader  # type: ignore[attr-defined]
+        if suffix in N_DIMENSION and not prefix:
+            parameter.output_dim = N_DIMENSION[suffix]  # type: ignore[attr-defined]
         layer.register_parameter(prefix + suffix, parameter)
 
 

@@ -1,19 +1,21 @@
-"""vLLM's sharded state: each rank's tensors as they are in memory, saved and loaded as such.
+"""What outlives a process must name its kernel, as another would read the tensors as garbage.
 
-They are in the layout of the kernel that prepared them, so that layers are allocated in that
-layout, and the kernel's name travels with them: another kernel would read them as garbage.
+That is vLLM's sharded state, each rank's tensors as they are in memory: in the layout of the
+kernel that prepared them, so that layers are allocated in that layout, and its name lies beside
+them. And it is vLLM's cache of compiled graphs, which call the kernel by name.
 """
 
 from typing import Any
 
 import torch
-from vllm.config import get_current_vllm_config_or_none
+from vllm.config import VllmConfig, get_current_vllm_config_or_none
 
 from vllm_bmos.kernels import KERNEL_ENV, Kernel
 
 STATE_FORMATS = {"sharded_state", "runai_streamer_sharded"}
 LAYOUT = "bmos_layout"
 LAYOUT_BYTES = 32
+COMPILE_KEY = "vllm_bmos_kernels"
 
 
 class SavedLayout:
@@ -35,6 +37,8 @@ class SavedLayout:
         self.name = name
         self.kernel = kernel
         config = get_current_vllm_config_or_none()
+        if config is not None:
+            _add_to_compile_key(config, kernel)
         self.is_loaded = config is not None and config.load_config.load_format in STATE_FORMATS
         text = kernel.name.encode().ljust(LAYOUT_BYTES, b"\0")
         self.expected = torch.tensor(list(text), dtype=torch.uint8)
@@ -56,3 +60,10 @@ class SavedLayout:
             f"{self.kernel.name!r} is to run here. Set {KERNEL_ENV}={found}, or save the state "
             "again on such a machine."
         )
+
+
+def _add_to_compile_key(config: VllmConfig, kernel: Kernel) -> None:
+    """Have compiled graphs looked up by the kernels in use: vLLM hashes this dict when it looks."""
+    if isinstance(config.additional_config, dict):
+        kernels = {kernel.name, *config.additional_config.get(COMPILE_KEY, ())}
+        config.additional_config[COMPILE_KEY] = sorted(kernels)
