@@ -68,9 +68,10 @@ def convert(source: Path, target: Path, *flags: str) -> dict[str, float]:
     """Convert in a process of its own; its wall time and peak resident memory."""
     began = time.monotonic()
     command = [*CONVERTER, str(source), str(target), "--quiet", *flags]
-    status, usage = run_of(subprocess.Popen(command, stdout=subprocess.DEVNULL))
-    if status != 0:
-        raise SystemExit(f"the conversion of {source} ended with status {status}")
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    usage = run_of(process)
+    if process.returncode != 0:
+        raise SystemExit(f"the conversion of {source} ended with status {process.returncode}")
     return {
         "seconds": time.monotonic() - began,
         "peak_rss_bytes": usage.ru_maxrss * 1024,
@@ -120,12 +121,13 @@ def main() -> None:
     kills = []
     for seed in range(args.kills):
         kill = kill_and_resume(source, again, jobs, seed)
-        kill["identical"] = sums(again) == wanted
-        if not kill["identical"]:
+        if sums(again) != wanted:
             raise SystemExit(f"a conversion differs from an undisturbed one: {kill}")
-        if kill["killed"]:  # else it ended before its kill
+        if kill.pop("killed"):  # else it ended before its kill
             kills.append(kill)
         shutil.rmtree(again)
+    if args.kills and not kills:
+        raise SystemExit("every conversion ended before its kill; take a larger --size")
     result = {
         "machine": facts,
         "size": args.size,
@@ -141,11 +143,10 @@ def main() -> None:
         f"{source_bytes / 1e9:.2f} GB -> {packed_bytes / 1e9:.3f} GB in {run['seconds']:.1f} s, "
         f"{result['source_mb_per_second']:.0f} MB/s of source (plain copy: {plain:.1f} s), "
         f"peak {run['peak_rss_bytes'] / 1e9:.2f} GB; killed and resumed to the same bytes: "
-        f"{len(kills)} of {args.kills}"
+        f"{len(kills)} of {len(kills)}"
+        + (f" ({args.kills - len(kills)} ended before)" if len(kills) < args.kills else "")
     )
     write_json(args.json, result)
-    if args.kills and not kills:
-        raise SystemExit("every conversion ended before its kill; take a larger --size")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ and a plot of M = 1 are written beside the JSON.
 sets what benchmarks/gpu_parts.py measured beside the model of that GPU, kernel by kernel.
 """
 
+import argparse
 import json
 import math
 from collections.abc import Iterator
@@ -118,14 +119,20 @@ def main() -> int:
     """Run the command line."""
     parser = common_parser(__doc__.splitlines()[0], "gpu_model.json")
     parser.add_argument(
-        "--M", nargs="+", type=positive_int, help=f"of the model alone; {DEFAULT_M} if not given"
+        "--M",
+        nargs="+",
+        type=positive_int,
+        default=argparse.SUPPRESS,
+        help=f"of the model alone (default: {DEFAULT_M})",
     )
     parser.add_argument("--measured", type=Path, metavar="FILE", help="a result of gpu_parts.py")
     args = parser.parse_args()
     start(args.threads)
     if args.measured:
-        if args.M:
+        if "M" in args:
             parser.error("--M: with --measured the rows are those of FILE; leave one of them out")
+        if args.json == parser.get_default("json"):
+            parser.error(f"--measured: {args.json} has the model alone; give another --json FILE")
         try:
             result = parts_of(args.measured)
         except (OSError, ValueError) as error:
@@ -134,7 +141,7 @@ def main() -> int:
     rows = [
         row
         for name, gpu in GPUS.items()
-        for M in args.M or DEFAULT_M
+        for M in getattr(args, "M", DEFAULT_M)
         for row in model_rows(name, gpu, [Shape(K, N, M) for K, N in PAPER])
     ]
     result = {
@@ -194,17 +201,22 @@ def parts_of(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: it is something else, or of a GPU or layer that is not modelled here.
     """
-    result: dict[str, Any] = json.loads(path.read_text())
-    gpu = result.get("machine", {}).get("gpu")
+    result = json.loads(path.read_text())
+    try:
+        gpu, rows = result["machine"].get("gpu"), list(result["rows"])
+    except (KeyError, TypeError, AttributeError):
+        raise ValueError("expected a result of gpu_parts.py, with machine and rows") from None
     if gpu not in DRIVER_NAMES:
         raise ValueError(f"machine.gpu: expected one of {sorted(DRIVER_NAMES)}, found {gpu!r}")
-    for index, row in enumerate(result.get("rows", [])):
-        if "kernels_us" not in row:
-            raise ValueError(f"rows[{index}]: expected a row of gpu_parts.py, found {sorted(row)}")
+    if not rows:
+        raise ValueError("rows: expected one at least, found none")
+    for index, row in enumerate(rows):
+        if not isinstance(row, dict) or "kernels_us" not in row:
+            raise ValueError(f"rows[{index}]: expected a row of gpu_parts.py, found {row}")
         if (row["E"], row["dtype"]) != (E, DTYPE):
             found = f"E = {row['E']} and {row['dtype']}"
             raise ValueError(f"rows[{index}]: expected E = {E} and {DTYPE}, found {found}")
-    return result
+    return {"machine": result["machine"], "rows": rows}
 
 
 def compare(measured: dict[str, Any], path: Path) -> int:

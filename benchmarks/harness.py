@@ -50,7 +50,7 @@ def common_parser(description: str, results_name: str) -> argparse.ArgumentParse
         help="where the results go; plots are written beside it",
     )
     parser.add_argument(
-        "--threads", type=positive_int, default=usable_cores(), help="CPU threads of every provider"
+        "--threads", type=_threads, default=usable_cores(), help="CPU threads of every provider"
     )
     return parser
 
@@ -60,6 +60,13 @@ def positive_int(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"expected an integer above 0, found {text}")
+    return value
+
+
+def _threads(text: str) -> int:
+    value = positive_int(text)
+    if value > usable_cores():
+        raise argparse.ArgumentTypeError(f"this process may use {usable_cores()} cores only")
     return value
 
 
@@ -148,15 +155,16 @@ def resident_bytes(pids: Iterable[int]) -> int:
     return total
 
 
-def run_of(process: subprocess.Popen[Any]) -> tuple[int, resource.struct_rusage]:
-    """A child's status and what it used, at its end. It is ended by an error or signal here."""
+def run_of(process: subprocess.Popen[Any]) -> resource.struct_rusage:
+    """What a child used, at its end, when `returncode` is set. An error or signal here ends it."""
     try:
         _, status, usage = os.wait4(process.pid, 0)
     except BaseException:
         process.terminate()
         process.wait()
         raise
-    return status, usage
+    process.returncode = os.waitstatus_to_exitcode(status)
+    return usage
 
 
 def write_json(path: Path, result: dict[str, Any]) -> None:

@@ -201,16 +201,19 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def disagreement(rows: list[dict[str, Any]]) -> float:
-    """Largest relative difference of two backends' perplexities; infinite if one is NaN."""
-    values = [row["perplexity"] for row in rows]
-    if any(math.isnan(value) for value in values):
-        return math.inf
-    return max(values) / min(values) - 1
+def problem(rows: list[dict[str, Any]]) -> str | None:
+    """What is wrong with the backends' perplexities, or None."""
+    found = {row["backend"]: row["perplexity"] for row in rows}
+    broken = [backend for backend, value in found.items() if math.isnan(value)]
+    if broken:
+        return f"the perplexity through {', '.join(broken)} is not a number"
+    if max(found.values()) / min(found.values()) - 1 > AGREEMENT:
+        return f"the backends disagree by more than {AGREEMENT:.0%}: {found}"
+    return None
 
 
 def main() -> int:
-    """Run the command line; returns 1 if the backends disagree, 2 for wrong use."""
+    """Run the command line; returns 1 if there is a `problem`, 2 for wrong use."""
     parser = common_parser((__doc__ or "").partition("\n")[0], "perplexity.json")
     parser.add_argument("model", type=Path, help="model directory, packed or dense")
     parser.add_argument("--text", type=Path, required=True, help="UTF-8 text, as wiki.test.raw")
@@ -229,10 +232,10 @@ def main() -> int:
         logger.error("error: %s", error)
         return 2
     write_json(args.json, result)
-    if disagreement(result["rows"]) > AGREEMENT:
-        logger.error("the backends disagree by more than %.0f %%", 100 * AGREEMENT)
-        return 1
-    return 0
+    found = problem(result["rows"])
+    if found:
+        logger.error("error: %s", found)
+    return 1 if found else 0
 
 
 if __name__ == "__main__":

@@ -45,6 +45,7 @@ from quality_methods import (
     check_made,
     make,
     methods,
+    text_names,
     trained_tokens,
 )
 
@@ -59,7 +60,7 @@ def open_results(args: argparse.Namespace) -> dict[str, Any]:
         ValueError: if they were made with other settings.
     """
     settings = {name: getattr(args, name) for name in (*FIT, *SCORE)}
-    settings["calibration"] = [Path(text).name for text in args.calibration]  # wherever they are
+    settings["calibration"] = text_names(args.calibration)
     empty: dict[str, Any] = {"model": args.model.name, "settings": settings, "rows": []}
     if not args.json.exists():
         return empty

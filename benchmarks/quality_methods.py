@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,11 @@ class Method:
         """Whether it uses `--tokens` on top of the calibration windows."""
         return self.stage in (distill.KD_SCALES, distill.QAT, distill.EXPERTS)
 
+    @property
+    def looks_at_text(self) -> bool:
+        """Whether calibration windows decide its result."""
+        return self.baseline != FLOAT16 and self.stage not in STAGES
+
 
 def methods(comparison: str, stage: str | None = None, texts: Sequence[str] = ()) -> list[Method]:
     """The methods of a comparison.
@@ -118,7 +123,7 @@ def command(
     """
     convert = [sys.executable, str(CONVERT), str(model), str(target), "--resume"]
     convert += ["--stage", str(method.stage), "--experts", str(method.E), "--jobs", str(threads)]
-    if method.stage in STAGES:  # which look at no text
+    if method.baseline is None and not method.looks_at_text:
         return convert
     flags = ["--windows", str(fit["windows"]), "--length", str(fit["length"])]
     flags += ["--seed", str(fit["seed"])]
@@ -142,30 +147,50 @@ def make(
 
     Raises:
         MethodError: if the command fails.
-        ValueError: if what is there was made otherwise.
+        ValueError: if what is there was begun with other settings, or by something else.
     """
     settings = target.with_name(f"{target.name}.settings.json")
-    texts = [Path(text).name for text in fit.get("calibration", ())]  # wherever they are
-    now = {**fit, "calibration": texts}
-    if (target / (REPORT if method.baseline else CONFIG_FILE)).exists():
-        if not settings.exists():
-            check_made(method, target, fit)
-        elif (before := json.loads(settings.read_text(encoding="utf-8"))) != now:
-            raise ValueError(f"{method.key}: {target} was made with {before}, not with {now}.")
-        return None
+    now = {"model": model.name, **settings_of(method, fit)}
     whole = not target.with_name(target.name + ".fit").exists() and not target.exists()
+    if not whole:
+        before = json.loads(settings.read_text(encoding="utf-8")) if settings.exists() else None
+        if before != now:
+            raise ValueError(
+                f"{method.key}: {target} was begun with {before or 'settings of its own'}, not "
+                f"with {now}. Remove it, give another --work, or name it with --made."
+            )
+    if (target / (REPORT if method.baseline else CONFIG_FILE)).exists():
+        return None
+    write_json(settings, now)  # before the model, which may be there when this process is killed
     began = time.monotonic()
-    line = command(method, model, target, fit, threads)
-    status, usage = run_of(subprocess.Popen(line, stdout=sys.stderr))
-    if status != 0:
-        raise MethodError(f"{method.key} failed; see above")
-    write_json(settings, now)
+    process = subprocess.Popen(command(method, model, target, fit, threads), stdout=sys.stderr)
+    usage = run_of(process)
+    if process.returncode != 0:
+        raise MethodError(f"{method.key} ended with status {process.returncode}; see above")
     return {
         "seconds": round(time.monotonic() - began, 1),
         "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
         "peak_rss_bytes": usage.ru_maxrss * 1024,
         "whole": whole,
     }
+
+
+def settings_of(method: Method, fit: dict[str, Any]) -> dict[str, Any]:
+    """Those of `quality.py`'s settings that decide a method's result."""
+    if not method.looks_at_text:
+        return {}
+    used = {what: fit[what] for what in ("windows", "length", "seed")}
+    used["texts"] = text_names(method.texts or fit["calibration"] or MEMBERS)
+    if method.trains:
+        used["tokens"] = fit["tokens"]
+    if method.baseline == OMNIQUANT:
+        used |= {what: fit[what] for what in ("steps", "batch")}
+    return used
+
+
+def text_names(texts: Iterable[str]) -> list[str]:
+    """What calibration texts are called in records, wherever their files are."""
+    return [text if text.startswith("hf:") else Path(text).name for text in texts]
 
 
 def trained_tokens(target: Path) -> int:
@@ -197,12 +222,12 @@ def check_made(method: Method, target: Path, fit: dict[str, Any]) -> None:
         found = config.provenance
         said = {"stage": found.get("stage"), "E": config.num_experts}
         wanted = {"stage": method.stage, "E": method.E}
-    if method.baseline != FLOAT16 and method.stage not in STAGES:  # these look at no text
-        texts = method.texts or fit["calibration"] or MEMBERS
-        wanted |= {what: fit[what] for what in ("windows", "length", "seed")}
-        wanted["texts"] = [text if text.startswith("hf:") else Path(text).name for text in texts]
+    if method.looks_at_text:
+        shared = ("windows", "length", "seed")  # what else there is, other runs may have otherwise
+        settings = settings_of(method, fit)
+        wanted |= {what: settings[what] for what in (*shared, "texts")}
         record = found.get("calibration", {})
-        said |= {what: record.get(what) for what in ("windows", "length", "seed")}
+        said |= {what: record.get(what) for what in shared}
         said["texts"] = [text["name"] for text in record.get("texts", [])]
         if method.trains:  # whose record counts the windows of training
             said["windows"] = wanted["windows"]

@@ -82,10 +82,6 @@ def main() -> int:
         "and in about half of the stops waits for clients that it will never answer",
     )
     args = parser.parse_args()
-    try:
-        env = {"VLLM_CPU_KVCACHE_SPACE": "1", **bound_to_cores(args.threads)}
-    except ValueError as error:
-        parser.error(str(error))
     start(args.threads)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     args.json.parent.mkdir(parents=True, exist_ok=True)
@@ -107,6 +103,7 @@ def main() -> int:
         else:
             make_bmos_model(model, shape, E=4, seed=args.seed)
         options = ["--shutdown-timeout", str(args.shutdown_timeout)]
+        env = {"VLLM_CPU_KVCACHE_SPACE": "1", **bound_to_cores(args.threads)}
         seconds = args.minutes * 60
         result |= soak(model, options, env, log, seconds, args.slots, args.tokens, args.seed)
     result["failures"] = failures(result)

@@ -24,9 +24,11 @@ STAGE_FLAGS: dict[str, set[str]] = {  # what each fitted stage looks at
     "qat": TEXT_FLAGS | SCALE_FLAGS | {"--start-from", "--latent-lr"},
     "experts": TEXT_FLAGS | SCALE_FLAGS | {"--start-from", "--latent-lr"},
 }
-EXIT_CODES = """
-exit codes: 0 done; 1 the source or checkpoint is malformed or unsupported; 2 wrong usage;
-3 the target cannot be written (it exists, is locked, the disk is full); 130 interrupted, resumable.
+OK, BAD_INPUT, WRONG_USAGE, BAD_TARGET, INTERRUPTED = 0, 1, 2, 3, 130  # the second is argparse's
+EXIT_CODES = f"""
+exit codes: {OK} done; {BAD_INPUT} the source or checkpoint is malformed or unsupported;
+{WRONG_USAGE} wrong usage; {BAD_TARGET} the target cannot be written (it exists, is locked, the disk
+is full); {INTERRUPTED} interrupted, resumable.
 """
 EXAMPLES = """\
 examples:
@@ -57,6 +59,14 @@ def parse(given: Sequence[str], runs: Mapping[str, Callable[[argparse.Namespace]
     return args
 
 
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults where there are any."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        nothing = action.default in (None, []) or action.default is False
+        return action.help if nothing else super()._get_help_string(action)
+
+
 def _parser(runs: Mapping[str, Callable[[argparse.Namespace], int]]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="hf_to_bmos.py",
@@ -68,7 +78,7 @@ def _parser(runs: Mapping[str, Callable[[argparse.Namespace], int]]) -> argparse
     commands = parser.add_subparsers(required=True, metavar="|".join(COMMANDS))
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("-q", "--quiet", action="store_true", help="log warnings and errors only")
-    formatter = argparse.ArgumentDefaultsHelpFormatter
+    formatter = _Formatter
 
     convert_ = commands.add_parser(
         "convert", parents=[shared], formatter_class=formatter, allow_abbrev=False
@@ -77,7 +87,10 @@ def _parser(runs: Mapping[str, Callable[[argparse.Namespace], int]]) -> argparse
     convert_.add_argument("src", type=Path, help="model directory or .gguf file")
     convert_.add_argument("dst", type=Path, help="directory to create")
     convert_.add_argument(
-        "--experts", type=_experts, default=4, help="E, for sources without experts of their own"
+        "--experts",
+        type=_experts,
+        default=4,
+        help="E, for sources without experts of their own; they differ after stage experts alone",
     )
     convert_.add_argument(
         "--stage",
@@ -118,17 +131,33 @@ def _parser(runs: Mapping[str, Callable[[argparse.Namespace], int]]) -> argparse
         "--tokens", type=_positive, default=250_000, help="to train on in kd-scales, qat, experts"
     )
     convert_.add_argument("--epochs", type=_positive, default=2, help="of stage block")
-    convert_.add_argument("--batch", type=_positive, help="windows in one step of training")
     convert_.add_argument(
-        "--train-length", type=_positive, help="tokens in a window of training; windows are cut"
+        "--batch", type=_positive, help="windows in one step of training; 2 if not given"
     )
     convert_.add_argument(
-        "--save-steps", type=_positive, help="training steps between two resumable checkpoints"
+        "--train-length",
+        type=_positive,
+        help="tokens in a window of training, into which windows are cut; 512 if not given",
     )
-    convert_.add_argument("--latent-lr", type=float, help="learning rate of latent signs")
-    convert_.add_argument("--scale-lr", type=float, help="learning rate of scales and routers")
     convert_.add_argument(
-        "--hidden", type=float, help="weight of the hidden states in the training loss"
+        "--save-steps",
+        type=_positive,
+        help="training steps between two resumable checkpoints; 25 if not given",
+    )
+    convert_.add_argument(
+        "--latent-lr",
+        type=float,
+        help="learning rate of latent signs; 0.03 if not given, in stage block 0.02",
+    )
+    convert_.add_argument(
+        "--scale-lr",
+        type=float,
+        help="learning rate of scales and routers; 0.005 if not given, in stage block 0.002",
+    )
+    convert_.add_argument(
+        "--hidden",
+        type=float,
+        help="weight of the hidden states in the training loss; 0 if not given",
     )
     convert_.add_argument(
         "--compile",
@@ -207,7 +236,7 @@ def _check_flags(
     else:
         stages = [args.stage] if args.start_from else list(stages_up_to(args.stage))
         unused = unused.difference(*(STAGE_FLAGS[stage] for stage in stages))
-        reason = f"unused by --stage {args.stage}"
+        reason = f"unused by --stage {args.stage}" + (" with --start-from" * bool(args.start_from))
         if FITTED_STAGES[args.stage] is None:
             reason += ", which starts from the dense weights"
     ignored = unused & named

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if __package__ in (None, ""):  # run as a file: make the repository's packages importable
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from converters.arguments import parse
+from converters.arguments import BAD_INPUT, BAD_TARGET, INTERRUPTED, OK, parse
 from converters.calibration import CalibrationError
 from converters.compare import compare
 from converters.evaluate import evaluate, router_entropy
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     from converters.fitting.run import Fit
 
 logger = logging.getLogger("hf_to_bmos")
-
-OK, BAD_INPUT, BAD_TARGET, INTERRUPTED = 0, 1, 3, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -16,7 +16,7 @@ import ast
 import json
 import platform
 import sys
-from collections.abc import Generator, Iterator
+from collections.abc import Container, Generator, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -101,14 +101,33 @@ class Recorder:
     def pytest_sessionfinish(self) -> None:
         """Replace the results of the tests that ran."""
         before = json.loads(RESULTS.read_text())["tests"] if RESULTS.exists() else {}
-        exist = marked_tests()
-        old = {test: e for test, e in before.items() if test.partition("[")[0] in exist}
-        parametrized = {test.partition("[")[0] for test in self.collected if "[" in test}
-        old = {test: e for test, e in old.items() if test not in parametrized}
-        tests = dict(sorted((self.collected | old | self.tests).items()))
+        tests = merged(before, self.collected, self.tests, marked_tests())
         versions = {name: metadata.version(name) for name in DISTRIBUTIONS}
         versions["python"] = platform.python_version()
         RESULTS.write_text(json.dumps({"versions": versions, "tests": tests}, indent=1) + "\n")
+
+
+def merged(
+    before: dict[str, Any], collected: dict[str, Any], ran: dict[str, Any], exist: Container[str]
+) -> dict[str, Any]:
+    """All tests' entries by id: of this run where there are, else what is noted of earlier ones.
+
+    Args:
+        before: what is noted.
+        collected: of this run's tests, before they ran.
+        ran: of those that did.
+        exist: path::name of every marked test.
+    """
+    parametrized = {test.partition("[")[0] for test in collected if "[" in test}
+
+    def stale(test: str) -> bool:
+        name = test.partition("[")[0]
+        # A test that has got or lost its parameters since has other ids.
+        changed = name in parametrized if test == name else name in collected
+        return changed or name not in exist
+
+    old = {test: entry for test, entry in before.items() if not stale(test)}
+    return dict(sorted((collected | old | ran).items()))
 
 
 def marked_tests() -> dict[str, list[dict[str, Any]]]:

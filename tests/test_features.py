@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.features import RESULTS, TABLE, is_claimed, marked_tests, row_line, table
+from tests.features import RESULTS, TABLE, is_claimed, marked_tests, merged, row_line, table
 
 
 def test_features_are_up_to_date() -> None:
@@ -14,6 +14,23 @@ def test_features_are_up_to_date() -> None:
     assert {test.partition("[")[0] for test in results["tests"]} == set(marked)
     for test, entry in results["tests"].items():
         assert is_claimed(entry, marked[test.partition("[")[0]]), test
+
+
+def test_a_run_replaces_its_own_entries_and_keeps_those_of_tests_that_exist() -> None:
+    exist = ["a.py::plain", "a.py::given", "a.py::both"]
+    before = dict.fromkeys(
+        ["a.py::gone", "a.py::plain[x]", "a.py::given", "a.py::both[x]", "a.py::both[y]"], "old"
+    )
+    collected = dict.fromkeys(["a.py::plain", "a.py::given[x]", "a.py::both[y]"], "not run")
+    assert merged(before, collected, {"a.py::both[y]": "ran"}, exist) == {
+        "a.py::both[x]": "old",
+        "a.py::both[y]": "ran",
+        "a.py::given[x]": "not run",
+        "a.py::plain": "not run",
+    }
+    assert merged({"a.py::plain": "old"}, {"a.py::plain": "not run"}, {}, exist) == {
+        "a.py::plain": "old"
+    }
 
 
 @pytest.mark.parametrize(

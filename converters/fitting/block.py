@@ -7,7 +7,7 @@ to undo what it inherits. A token's squared error counts in proportion to 1/|h|^
 Latent signs and scales are trained by Adam with a straight-through gradient, and a block is kept
 only if its error on held-out text fell.
 
-Memory: one block twice, its optimizer, and the hidden states of both models.
+Memory: one block twice, its optimizer, and the hidden states of both models. It runs on one core.
 """
 
 import copy
@@ -25,7 +25,7 @@ from converters.fitting.hessian import token_error, token_weights
 from converters.fitting.layer import layer_of
 from converters.fitting.precision import bfloat16_products
 from converters.fitting.student import make_student, trainable_layers
-from converters.fitting.threads import workers
+from converters.fitting.threads import one_thread_per_op
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +82,6 @@ def fit(
     folder: FitFolder,
     options: BlockOptions | None = None,
     seed: int = 0,
-    threads: int = 0,
 ) -> Tensors:
     """Train every block. Bytes depend neither on the number of cores nor on an interruption.
 
@@ -95,7 +94,6 @@ def fit(
         folder: where finished blocks are kept.
         options: see `BlockOptions`.
         seed: of the order of windows.
-        threads: 0 takes one per core.
 
     Returns:
         The packed layers' tensors by their full names on disk.
@@ -103,7 +101,7 @@ def fit(
     options = options or BlockOptions()
     result: Tensors = {}
     began = time.monotonic()
-    with workers(threads), bfloat16_products():
+    with one_thread_per_op(), bfloat16_products():
         first, calls = model.first_inputs(train)
         texts = [_Text(first, first.clone())]
         first, _ = model.first_inputs(held_out)

@@ -194,7 +194,6 @@ class Fit:
             folder,
             options.block,
             options.seed,
-            threads,
         )
 
     def _distill(self, stage: str, folder: FitFolder, threads: int) -> Tensors:

@@ -13,16 +13,22 @@ import torch
 
 
 @contextmanager
+def one_thread_per_op() -> Iterator[None]:
+    """Sums in one order, whatever the number of cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
 def workers(count: int = 0) -> Iterator[ThreadPoolExecutor]:
     """A pool of threads with one thread per op.
 
     Args:
         count: of threads; 0 takes one per core.
     """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(count or len(os.sched_getaffinity(0))) as pool:
-            yield pool
-    finally:
-        torch.set_num_threads(before)
+    with one_thread_per_op(), ThreadPoolExecutor(count or len(os.sched_getaffinity(0))) as pool:
+        yield pool

@@ -23,6 +23,10 @@ def test_a_result_of_gpu_parts_is_taken(tmp_path: Path) -> None:
     [
         ({"machine": {"gpu": "NVIDIA T4"}}, "machine.gpu: expected one of .*'NVIDIA T4'"),
         ({"machine": {}}, "machine.gpu: .*found None"),
+        ({"machine": None}, "expected a result of gpu_parts.py, with machine and rows"),
+        ({"rows": None}, "expected a result of gpu_parts.py, with machine and rows"),
+        ({"rows": []}, "rows: expected one at least"),
+        ({"rows": ["x"]}, r"rows\[0\]: expected a row of gpu_parts"),
         ({"rows": [ROW, {"K": 64, "median_us": 1.0}]}, r"rows\[1\]: expected a row of gpu_parts"),
         ({"rows": [ROW | {"E": 1}]}, "expected E = 4 and float16, found E = 1 and float16"),
         ({"rows": [ROW | {"dtype": "bfloat16"}]}, "found E = 4 and bfloat16"),
@@ -36,7 +40,12 @@ def test_other_results_are_refused(tmp_path: Path, change: dict[str, Any], said:
 
 
 @pytest.mark.parametrize(
-    ("extra", "said"), [(["--M", "4"], "leave one of them out"), ([], "No such file")]
+    ("extra", "said"),
+    [
+        (["--M", "4"], "leave one of them out"),
+        ([], "has the model alone; give another --json"),
+        (["--json", "x.json"], "No such file"),
+    ],
 )
 def test_flags_are_refused_before_the_model(
     tmp_path: Path,

@@ -12,10 +12,10 @@ sys.path.insert(0, str(BENCHMARKS))
 
 from perplexity import (  # noqa: E402
     Window,
-    disagreement,
     join_text,
     make_windows,
     perplexity,
+    problem,
     score_transformers,
 )
 
@@ -59,10 +59,22 @@ def test_perplexity_is_per_scored_token():
     assert perplexity([2 * math.log(7), math.log(7)], windows) == pytest.approx(7)
 
 
-def test_disagreement_is_relative():
-    assert disagreement([{"perplexity": 2.0}, {"perplexity": 2.1}]) == pytest.approx(0.05)
-    for values in ([2.0, math.nan], [math.nan, 2.0], [math.nan]):
-        assert disagreement([{"perplexity": value} for value in values]) == math.inf
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ([200.0, 201.0], None),
+        ([200.0, 203.0], "the backends disagree by more than 1%"),
+        ([203.0, 200.0], "the backends disagree by more than 1%"),
+        ([2.0, math.nan], "the perplexity through vllm is not a number"),
+        ([math.nan, 2.0], "the perplexity through transformers is not a number"),
+        ([math.nan], "the perplexity through transformers is not a number"),
+    ],
+)
+def test_what_is_wrong_with_the_backends_is_said(values, said):
+    backends = ("transformers", "vllm")
+    rows = [{"backend": b, "perplexity": v} for b, v in zip(backends, values, strict=False)]
+    found = problem(rows)
+    assert found is None if said is None else str(found).startswith(said)
 
 
 def test_transformers_scores_what_the_logits_say(tmp_path):

@@ -185,15 +185,50 @@ def test_a_packed_model_made_elsewhere_needs_its_stage_and_experts(tmp_path):
         quality_methods.check_made(methods["hessian-e1"], tmp_path / "model", fit)
 
 
-def test_a_model_that_is_there_is_not_made_again(tmp_path, monkeypatch):
-    (method,) = [m for m in quality_methods.methods("paper") if m.key == "float16"]
-    (tmp_path / "quantization.json").write_text(json.dumps({"method": "float16"}))
-    monkeypatch.setattr(quality_methods, "command", None)
-    assert quality_methods.make(method, tmp_path, tmp_path, {}, 1) is None
+MAKE = "import sys, pathlib; p = pathlib.Path(sys.argv[1]); p.mkdir(); (p / sys.argv[2]).touch()"
+FIT = {"windows": 5, "length": 64, "seed": 3, "calibration": ["a.txt"]}
+FIT |= {"tokens": 9, "steps": 7, "batch": 2}
 
 
-@pytest.mark.parametrize("change", [{"tokens": 8}, {"windows": 6}, {}])
-def test_a_model_that_was_trained_otherwise_is_refused(tmp_path, change):
+@pytest.mark.parametrize(
+    ("key", "matter", "do_not"),
+    [
+        ("float16", {}, {"tokens": 8, "windows": 6, "seed": 4, "calibration": ["b.txt"]}),
+        ("gptq", {"windows": 6}, {"tokens": 8, "steps": 8}),
+        ("omniquant", {"steps": 8}, {"tokens": 8}),
+        ("qat-e1", {"tokens": 8}, {"steps": 8, "calibration": ["elsewhere/a.txt"]}),
+        ("qat-e1", {"calibration": ["hf:a/a.txt"]}, {"batch": 1}),
+        ("hessian-e1", {"seed": 4}, {"tokens": 8}),
+    ],
+)
+def test_a_model_is_made_once_with_the_settings_that_matter(
+    tmp_path, monkeypatch, key, matter, do_not
+):
+    (method,) = [m for m in quality_methods.methods("paper") if m.key == key]
+    model, target = tmp_path / "model", tmp_path / "work" / key
+    target.parent.mkdir()
+    file = "config.json" if method.baseline is None else "quantization.json"
+    line = [sys.executable, "-c", MAKE, str(target), file]
+    monkeypatch.setattr(quality_methods, "command", lambda *_: line)
+    assert quality_methods.make(method, model, target, FIT, 1)["whole"]
+    assert quality_methods.make(method, model, target, FIT, 1) is None
+    assert quality_methods.make(method, model, target, FIT | do_not, 1) is None
+    for model_now, change in [(model, matter), (tmp_path / "other", {})]:
+        if change or model_now != model:
+            with pytest.raises(ValueError, match=r"was begun with .* Remove it"):
+                quality_methods.make(method, model_now, target, FIT | change, 1)
+    (target / file).unlink()  # as if it had been killed
+    with pytest.raises(ValueError, match="was begun with"):
+        quality_methods.make(method, tmp_path / "other", target, FIT, 1)
+    target.with_name(f"{key}.settings.json").unlink()
+    with pytest.raises(ValueError, match="settings of its own"):
+        quality_methods.make(method, model, target, FIT, 1)
+    target.rmdir()
+    assert quality_methods.make(method, tmp_path / "other", target, FIT | matter, 1)["whole"]
+
+
+@pytest.mark.parametrize("change", [{"windows": 6}, {"seed": 4}, {}])
+def test_a_model_made_elsewhere_says_how_it_was_trained(tmp_path, change):
     record = {"windows": 99, "length": 64, "seed": 3, "texts": [{"name": "a.txt"}]}
     provenance = {"stage": "qat", "calibration": record, "trained_tokens": 9}
     provenance["fit"] = {"distill": {"tokens": 9}}
@@ -204,14 +239,11 @@ def test_a_model_that_was_trained_otherwise_is_refused(tmp_path, change):
     fit = {"windows": 5, "length": 64, "seed": 3, "calibration": ["a.txt"], "tokens": 9} | change
     (method,) = [m for m in quality_methods.methods("paper") if m.key == "qat-e1"]
     assert quality_methods.trained_tokens(tmp_path / "model") == 9
-    quality_methods.check_made(method, tmp_path / "model", fit)
-    assert quality_methods.make(method, tmp_path, tmp_path / "model", fit, 1) is None
-    (tmp_path / "model.settings.json").write_text(json.dumps(fit | {"tokens": 9, "windows": 5}))
-    if change:
-        with pytest.raises(ValueError, match=r"made with .*'tokens': 9.*, not with"):
-            quality_methods.make(method, tmp_path, tmp_path / "model", fit, 1)
-    else:
-        assert quality_methods.make(method, tmp_path, tmp_path / "model", fit, 1) is None
+    if "seed" in change:
+        with pytest.raises(ValueError, match="was made by"):
+            quality_methods.check_made(method, tmp_path / "model", fit)
+    else:  # the record's windows are those of training
+        quality_methods.check_made(method, tmp_path / "model", fit)
 
 
 def test_cost_is_proportional_to_layers():

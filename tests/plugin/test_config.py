@@ -127,14 +127,19 @@ def test_a_folder_without_weights_has_no_inventory_to_check(packed: Path, tmp_pa
     """What vLLM makes of a checkpoint in an object store: its JSON files."""
     for name in ("config.json", "bmos_manifest.json"):
         (tmp_path / name).write_bytes((packed / name).read_bytes())
-    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "one"}}')
+    (tmp_path / "model.safetensors.index.json").write_text(
+        '{"weight_map": {"a": "one.safetensors"}}'
+    )
     (tmp_path / "model-rank-0-part-0.safetensors").write_bytes(b"of a sharded state")
     config, _ = read(packed)
     config.biases = None
     config.maybe_update_config(str(tmp_path))
     assert config.biases is None
-    (tmp_path / "one").write_bytes(b"a shard")
-    with pytest.raises(FormatError):
+    (tmp_path / "one.safetensors").write_bytes(b"a shard")
+    with pytest.raises(FormatError, match=r"one\.safetensors"):
+        config.maybe_update_config(str(tmp_path))
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": ["one.safetensors"]}')
+    with pytest.raises(FormatError, match="weight_map is not an object"):
         config.maybe_update_config(str(tmp_path))
 
 

@@ -17,7 +17,7 @@ from vllm.platforms import current_platform
 
 from vllm_bmos.checkpoint import QUANT_METHOD, BinaryMosConfig, Checkpoint, FormatError
 from vllm_bmos.checkpoint.format import BIAS, INDEX_FILE, MANIFEST_FILE, SINGLE_FILE
-from vllm_bmos.checkpoint.reader import read_json
+from vllm_bmos.checkpoint.reader import read_weight_map
 from vllm_bmos.plugin.embedding import LeanEmbeddingMethod
 from vllm_bmos.plugin.linear import BinaryMosLinearMethod
 from vllm_bmos.plugin.memory import available_bytes, check_memory
@@ -121,11 +121,10 @@ class BinaryMosVllmConfig(QuantizationConfig):
         path = Path(model_name)
         # A sharded state has files of its own, and of a model in an object store vLLM puts the
         # JSON files alone into a directory.
-        files: list[Any] = [SINGLE_FILE]
+        files = {SINGLE_FILE}
         if (path / INDEX_FILE).exists():
-            found = read_json(path / INDEX_FILE).get("weight_map")
-            files += found.values() if isinstance(found, dict) else []
-        if any(isinstance(file, str) and (path / file).exists() for file in files):
+            files |= set(read_weight_map(path / INDEX_FILE, ".safetensors").values())
+        if any((path / file).exists() for file in files):
             self._read_checkpoint(path)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: "WeightsMapper") -> None:
