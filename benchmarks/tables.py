@@ -73,23 +73,26 @@ def with_tables(text: str, tables: str) -> str:
 def tables(results: Path) -> str:
     """Every table whose results are there."""
     parts = []
-    for name, table in (
-        ("serving", serving_table),
-        ("serving_avx2", serving_table),
-        ("linear", linear_table),
-        ("linear_avx2", linear_table),
-        ("linear_gpu", linear_table),
-        ("memory", memory_table),
-        ("draft", draft_table),
-        ("quality", quality_table),
+    for name, script, table in (
+        ("serving", "serving", serving_table),
+        ("serving_avx2", "serving", serving_table),
+        ("linear", "linear", linear_table),
+        ("linear_avx2", "linear", linear_table),
+        ("linear_gpu", "linear", linear_table),
+        ("memory", "memory", memory_table),
+        ("draft", "draft", draft_table),
+        ("quality", "quality", quality_table),
     ):
         file = results / f"{name}.json"
         if file.exists():
-            parts.append(table(json.loads(file.read_text(encoding="utf-8"))))
+            command = f"python benchmarks/{script}.py"
+            if name != script:  # by itself the command would replace another table's results
+                command += f" --json benchmarks/results/{name}.json"
+            parts.append(table(json.loads(file.read_text(encoding="utf-8")), command))
     return "\n\n".join(parts)
 
 
-def serving_table(result: dict[str, Any]) -> str:
+def serving_table(result: dict[str, Any], command: str) -> str:
     """Tokens per second of a whole model."""
     rows = result["rows"]
     batches = list(rows[0]["decode_tokens_per_s"])
@@ -98,7 +101,7 @@ def serving_table(result: dict[str, Any]) -> str:
     flags = "" if len(asked) == len(SERVERS) else f" --providers {' '.join(sorted(asked))}"
     lines = [
         f"A model of the shape {model['shape']} ({model['layers']} layers, E={model['E']}), "
-        f"tokens/s on {machine(result)}; `python benchmarks/serving.py{flags}`:",
+        f"tokens/s on {machine(result)}; `{command}{flags}`:",
         "",
         "| | "
         + " | ".join(f"decode, batch {batch}" for batch in batches)
@@ -130,7 +133,7 @@ def serving_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def linear_table(result: dict[str, Any]) -> str:
+def linear_table(result: dict[str, Any], command: str) -> str:
     """Microseconds of one linear layer with cold weights, one token and 512."""
     rows = [row for row in result["rows"] if row["weights"] == "cold"]
     columns = [(K, N, M) for M in (1, 512) for K, N in SHAPES]
@@ -145,7 +148,7 @@ def linear_table(result: dict[str, Any]) -> str:
             found[key] = row["median_us"]
     lines = [
         f"One linear layer (E={experts}{dtype}), median microseconds with cold weights on "
-        f"{machine(result)}; `python benchmarks/linear.py{flags}`:",
+        f"{machine(result)}; `{command}{flags}`:",
         "",
         "| K x N, M | " + " | ".join(f"{K} x {N}, {M}" for K, N, M in columns) + " |",
         "| --- |" + " ---: |" * len(columns),
@@ -167,23 +170,23 @@ def linear_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def memory_table(result: dict[str, Any]) -> str:
+def memory_table(result: dict[str, Any], command: str) -> str:
     """Gigabytes of a whole model's weights by method, then what was written and is held."""
     return (
-        "Weights in GB by the formulas of `python benchmarks/memory.py`, the paper's figures in "
+        f"Weights in GB by the formulas of `{command}`, the paper's figures in "
         f"brackets; `packed` is what the converter writes:\n\n{memory.table(result['rows'])}\n\n"
         f"Measured, on the disk and in vLLM:\n\n{memory.measured_table(result['measured'])}"
     )
 
 
-def draft_table(result: dict[str, Any]) -> str:
+def draft_table(result: dict[str, Any], command: str) -> str:
     """A dense model with a packed draft beside the dense model alone."""
     pair, alone = result["pair"], result["alone"]
     lines = [
         f"A dense {result['dtype']} model of the shape {pair['shape']} ({pair['layers']} layers) "
         "whose packed twin drafts for it and is right about "
         f"{result['simulated_acceptance']:.0%} of the tokens by construction, one request, on "
-        f"{machine(result)}; `python benchmarks/draft.py --shape {pair['shape']} --draft-tokens "
+        f"{machine(result)}; `{command} --shape {pair['shape']} --draft-tokens "
         f"{' '.join(str(row['draft_tokens']) for row in result['drafted'])} "
         f"--tokens {result['tokens']}`:",
         "",
@@ -199,7 +202,7 @@ def draft_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def quality_table(result: dict[str, Any]) -> str:
+def quality_table(result: dict[str, Any], command: str) -> str:
     """Perplexity, and zero-shot accuracy where it was measured, of every method."""
     fit = result["settings"]
     # Float16, baselines, ours; each in the order in which they were made.
@@ -222,7 +225,8 @@ def quality_table(result: dict[str, Any]) -> str:
         f"{fit['dtype']}), every method fitted on the same {tokens:,} tokens of {source} unless "
         "its name says otherwise; rows with trained tokens were then trained on that many more. "
         "Bits are per quantized weight: all that is stored, and what the method's paper counts. "
-        "Baselines are dense models with quantized values; `python benchmarks/quality.py`:",
+        "Baselines are dense models with quantized values; "
+        f"`{command}`, with the flags in docs/EVALUATION.md:",
         "",
         "| " + " | ".join(head) + " |",
         "| --- |" + " ---: |" * (len(head) - 1),
@@ -241,7 +245,9 @@ def quality_table(result: dict[str, Any]) -> str:
 
 
 def _training(row: dict[str, Any], fit: dict[str, Any]) -> str:
-    """How much less than its default a baseline was trained."""
+    """Where a model comes from elsewhere, or how much less than its default it was trained."""
+    if row["effort"] is None:
+        return " (made elsewhere, of other texts as well: docs/EVALUATION.md)"
     if row["key"] != OMNIQUANT or (fit["steps"], fit["batch"]) == (STEPS, BATCH):
         return ""
     return f", {fit['steps']} steps of {fit['batch']} windows a block (default {STEPS} of {BATCH})"

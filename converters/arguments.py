@@ -147,7 +147,8 @@ def _parser(runs: Mapping[str, Callable[[argparse.Namespace], int]]) -> argparse
     convert_.add_argument(
         "--latent-lr",
         type=float,
-        help="learning rate of latent signs; 0.03 if not given, in stage block 0.02",
+        help="learning rate of latent signs; 1.2 / sqrt(steps), at most 0.1, if not given; in "
+        "stage block 0.02",
     )
     convert_.add_argument(
         "--scale-lr",

@@ -42,7 +42,8 @@ def model_card(plan: Plan, perplexities: Mapping[str, float], text_name: str = "
         f"arXiv 2406.12311).\n{warning}\n| | |\n| --- | --- |\n{table}\n\n"
         "The source's licence applies to this model as well.\n\n"
         "## Serve it\n\n"
-        "    pip install vllm-bmos\n    vllm serve <this directory>\n"
+        "With vllm-bmos installed (its README says how, on a CPU and on a GPU):\n\n"
+        "    vllm serve <this directory>\n"
     )
 
 

@@ -49,7 +49,8 @@ class DistillOptions:
         tokens: of training text in all; what there is of text is repeated if need be.
         length: tokens in a window; attention's cost grows with it.
         batch: windows in one step of one process.
-        latent_lr: learning rate of latent signs, relative to the least distance from a flip.
+        latent_lr: learning rate of latent signs, relative to the least distance from a flip; None
+            for that of `latent_rate`.
         scale_lr: learning rate of scales and routers, relative to their start.
         hidden: weight of the hidden states' distance; 0 leaves it out.
         save_steps: steps between two checkpoints.
@@ -60,12 +61,21 @@ class DistillOptions:
     tokens: int = 250_000
     length: int = 512
     batch: int = 2
-    latent_lr: float = 3e-2
+    latent_lr: float | None = None
     scale_lr: float = 5e-3
     hidden: float = 0.0
     save_steps: int = 25
     compile: bool = False
     fsdp: bool = False
+
+
+def latent_rate(steps: int) -> float:
+    """The learning rate of latent signs that suits a run of so many steps.
+
+    Noise moves a latent by about rate * sqrt(steps), which should come near the margin of a typical
+    sign: much farther, and signs flip at random; much less, and none flips (docs/FITTING.md).
+    """
+    return min(0.1, 1.2 / steps**0.5)
 
 
 class Windows(Dataset[dict[str, torch.Tensor]]):
@@ -297,6 +307,7 @@ def _trainer(
     length = train.shape[1]
     steps = max(1, options.tokens // (options.batch * length * arguments.world_size))
     arguments.max_steps, arguments.warmup_steps = steps, max(1, steps // 10)
+    latent_lr = latent_rate(steps) if options.latent_lr is None else options.latent_lr
     layers = list(trainable_layers(student).values())
     for layer in layers:
         layer.latent.requires_grad_(train_signs)
@@ -310,7 +321,8 @@ def _trainer(
             others += [layer.router for layer in layers if layer.E > 1]
             groups = [{"params": others, "lr": options.scale_lr}]
             if latents:
-                groups.append({"params": latents, "lr": options.latent_lr})
+                logger.info("learning rate of latent signs: %.3g (%d steps)", latent_lr, steps)
+                groups.append({"params": latents, "lr": latent_lr})
             self.optimizer = torch.optim.AdamW(
                 groups, betas=(0.9, 0.99), weight_decay=0.0, fused=True
             )

@@ -54,7 +54,7 @@ def test_a_table_names_the_instructions_and_whose_results_were_wrong() -> None:
     row = {**ROW, "provider": "vllm_bmos", "mode": "default", "M": 1, "median_us": 41.4}
     facts = {"cpu": "Some CPU", "threads": 2, "isa": ["avx2", "avx512_vnni"]}
     wrong = ["vllm_w8a8:w8a8 K=8 N=8 M=1: relative error 0.5", "vllm_w8a8:w8a8 K=8 N=8 M=4: too"]
-    text = tables.linear_table({"machine": facts, "rows": [row], "wrong": wrong})
+    text = tables.linear_table({"machine": facts, "rows": [row], "wrong": wrong}, "linear.py")
     assert "Some CPU with AVX-512, 2 threads" in text
     assert text.endswith("Not timed, here or for other M: vLLM W8A8 (relative error 0.5).")
 
@@ -69,10 +69,10 @@ def test_a_model_s_table_says_what_is_missing_and_how_it_was_run() -> None:
         "missing": {},
         "rows": [row],
     }
-    alone = tables.serving_table(result)
+    alone = tables.serving_table(result, "serving.py")
     assert "serving.py --providers vllm_bmos`" in alone and alone.endswith("when it is ready.")
     result["missing"] = {"llama_cpp q4_0": "it ended: \nTraceback", "llama_cpp": "not installed"}
-    lines = tables.serving_table(result).splitlines()
+    lines = tables.serving_table(result, "serving.py").splitlines()
     assert "serving.py --providers llama_cpp vllm_bmos`" in lines[0]
     assert "Not measured: llama.cpp Q4_0 (it ended)." in lines
     assert "Not measured: llama_cpp (not installed)." in lines
@@ -80,17 +80,29 @@ def test_a_model_s_table_says_what_is_missing_and_how_it_was_run() -> None:
 
 def test_a_baseline_that_was_trained_less_says_so() -> None:
     fit = {"steps": 20, "batch": 2}
-    named = tables._training({"key": "omniquant"}, fit)
+    row = {"key": "omniquant", "effort": {"seconds": 1.0}}
+    named = tables._training(row, fit)
     assert named == ", 20 steps of 2 windows a block (default 200 of 8)"
-    assert tables._training({"key": "gptq"}, fit) == ""
-    assert tables._training({"key": "omniquant"}, {"steps": 200, "batch": 8}) == ""
+    assert tables._training(row | {"key": "gptq"}, fit) == ""
+    assert tables._training(row, {"steps": 200, "batch": 8}) == ""
+    assert "made elsewhere" in tables._training({"key": "qat-e1", "effort": None}, fit)
+
+
+def test_commands_replace_the_results_that_the_table_shows(tmp_path: Path) -> None:
+    for name in ("linear", "linear_avx2"):
+        row = {**ROW, "provider": "vllm_bmos", "mode": "default", "M": 1, "median_us": 41.4}
+        result = {"machine": {"cpu": "Some CPU", "threads": 2}, "rows": [row]}
+        (tmp_path / f"{name}.json").write_text(json.dumps(result))
+    first, second = tables.tables(tmp_path).split("One linear layer")[1:]
+    assert "`python benchmarks/linear.py`" in first
+    assert "`python benchmarks/linear.py --json benchmarks/results/linear_avx2.json`" in second
 
 
 def test_a_gpu_table_names_the_gpu_and_the_dtype() -> None:
     row = {**ROW, "dtype": "float16", "M": 512, "median_us": 41.4}
     rows = [row | {"provider": "vllm_bmos", "mode": "default"}]
     rows.append(row | {"provider": "torch", "mode": "float16", "median_us": 23.0})
-    text = tables.linear_table({"machine": {"gpu": "Some GPU"}, "rows": rows})
+    text = tables.linear_table({"machine": {"gpu": "Some GPU"}, "rows": rows}, "linear.py")
     assert "(E=4, float16), median microseconds with cold weights on Some GPU;" in text
     assert "| torch fp16 | - | - | - | 23 | - | - |" in text
 
@@ -99,7 +111,7 @@ def test_quality_rows_say_what_was_scored(tmp_path: Path) -> None:
     score = {"t.txt": {"perplexity": 30.0}}
     row = {"key": "float16", "name": "Float16", "bits": 16, "published_bits": 16}
     row["stage"] = None
-    row |= {"trained_tokens": 0, "perplexity": score, "zero_shot": {}}
+    row |= {"trained_tokens": 0, "perplexity": score, "zero_shot": {}, "effort": {}}
     ours = {**row, "key": "qat-e4", "name": "Ours", "bits": 1.04, "trained_tokens": 250_000}
     ours["stage"] = "qat"
     ours |= {"perplexity": {"t.txt": {"perplexity": 90.0}}, "zero_shot": {"average": 0.4}}

@@ -4,7 +4,7 @@ import pytest
 
 from converters.arguments import BAD_INPUT, COMMANDS, INTERRUPTED, parse
 from converters.fitting.block import BlockOptions
-from converters.fitting.distill import DistillOptions
+from converters.fitting.distill import DistillOptions, latent_rate
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def test_defaults_that_depend_on_the_stage(said: str) -> None:
         "--batch": f"{distill.batch} if not given",
         "--train-length": f"{distill.length} if not given",
         "--save-steps": f"{distill.save_steps} if not given",
-        "--latent-lr": f"{distill.latent_lr} if not given, in stage block {block.latent_lr}",
+        "--latent-lr": f"at most {latent_rate(1)}, if not given; in stage block {block.latent_lr}",
         "--scale-lr": f"{distill.scale_lr} if not given, in stage block {block.scale_lr}",
         "--hidden": f"{distill.hidden:g} if not given",
     }.items():

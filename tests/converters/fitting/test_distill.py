@@ -45,6 +45,20 @@ def layer(E, N=24, K=33, spread=0.0, bias=None):
     return tensors, TrainableLinear(tensors, (N, K), bias)
 
 
+def test_the_rate_of_latent_signs_falls_with_the_number_of_steps(tmp_path, caplog):
+    rates = [distill.latent_rate(steps) for steps in (1, 60, 144, 1500, 3000)]
+    assert rates == pytest.approx([0.1, 0.1, 0.1, 0.031, 0.0219], rel=0.01)
+    caplog.set_level("INFO")
+    source = open_source(make_dense(tmp_path / "dense"), Options(experts=1))
+    start = {f"{m}.{s}": t for m in source.modules for s, t in source.layer(m).tensors.items()}
+    tokens = torch.randint(0, VOCAB, (4, 32), generator=torch.Generator().manual_seed(0))
+    for given, said in [(None, "0.1 (2 steps)"), (0.06, "0.06 (2 steps)")]:
+        options = replace(OPTIONS, tokens=4 * 32, latent_lr=given)
+        folder = tmp_path / str(given)
+        distill.fit(source, start, tokens, tokens[:1], folder, options, "qat", 1, 0)
+        assert f"learning rate of latent signs: {said}" in caplog.text
+
+
 @pytest.mark.parametrize("E", [1, 4])
 def test_training_starts_from_the_packed_layer(E):
     bias = torch.randn(24)
