@@ -159,3 +159,17 @@ def test_an_indivisible_split_names_the_sizes_that_work() -> None:
     message = r"o_proj: K=576 cannot be split over --tensor-parallel-size 16.*1, 2, 3, 4, 6, 8, 9"
     with pytest.raises(ValueError, match=message):
         check_split("o_proj", 576, 16)
+
+
+def test_nothing_is_copied_into_tensors_that_are_laid_out_for_a_kernel() -> None:
+    prepared = torch.nn.Parameter(torch.zeros(16, K // 8, dtype=torch.uint8), requires_grad=False)
+    with pytest.raises(ValueError, match=r"^q: its tensors have been laid out .*reload_weights"):
+        qkv_loader().weight_loader(prepared, layer_tensors(8)[WEIGHT], "q")
+
+
+def test_a_wrong_shape_on_one_of_several_ranks_may_be_vllm_s_doing() -> None:
+    wrong = layer_tensors(8)[WEIGHT]
+    for part, said in [(Slice(0, 8, 16), "try one rank"), (whole(16), "convert the model again.$")]:
+        loader = LayerLoader(["fc1"], whole(K), [part], E, "float16")
+        with pytest.raises(FormatError, match=said):
+            loader.load(torch.zeros(8, K // 8, dtype=torch.uint8), WEIGHT, wrong)
