@@ -24,7 +24,7 @@ STAGE_FLAGS: dict[str, set[str]] = {  # what each fitted stage looks at
     "qat": TEXT_FLAGS | SCALE_FLAGS | {"--start-from", "--latent-lr"},
     "experts": TEXT_FLAGS | SCALE_FLAGS | {"--start-from", "--latent-lr"},
 }
-OK, BAD_INPUT, WRONG_USAGE, BAD_TARGET, INTERRUPTED = 0, 1, 2, 3, 130  # the second is argparse's
+OK, BAD_INPUT, WRONG_USAGE, BAD_TARGET, INTERRUPTED = 0, 1, 2, 3, 130  # 2 is argparse's
 EXIT_CODES = f"""
 exit codes: {OK} done; {BAD_INPUT} the source or checkpoint is malformed or unsupported;
 {WRONG_USAGE} wrong usage; {BAD_TARGET} the target cannot be written (it exists, is locked, the disk

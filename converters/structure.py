@@ -89,10 +89,9 @@ def meta_model(model_config: Mapping[str, Any], tensors: int) -> Any:
         raise FormatError(
             f"config.json: num_hidden_layers is {layers!r}, but the model has {tensors} tensors."
         )
-    values = {
-        key: _plain_floats(v) for key, v in model_config.items() if key != "quantization_config"
-    }
+    given = {key: v for key, v in model_config.items() if key != "quantization_config"}
     try:
+        values = _plain_floats(given)
         config = CONFIG_MAPPING[model_type].from_dict(values)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config)

@@ -211,7 +211,7 @@ class BinaryMosVllmConfig(QuantizationConfig):
         return names
 
     def get_cache_scale_mapper(self) -> "WeightsMapper":  # type: ignore[override]  # static there
-        """VLLM asks for it when a whole model is built and its weights are about to be loaded."""
+        """Asked for by vLLM when a whole model is built and its weights are about to be loaded."""
         vllm_config = get_current_vllm_config_or_none()
         left = sorted(set(self.modules.values()) - self._claimed)
         if left and vllm_config and vllm_config.parallel_config.pipeline_parallel_size == 1:
