@@ -210,7 +210,7 @@ class BinaryMosVllmConfig(QuantizationConfig):
         self._claimed.update(names)
         return names
 
-    def get_cache_scale_mapper(self) -> "WeightsMapper":  # type: ignore[override]  # static there
+    def get_cache_scale_mapper(self) -> "WeightsMapper":
         """Asked for by vLLM when a whole model is built and its weights are about to be loaded."""
         vllm_config = get_current_vllm_config_or_none()
         left = sorted(set(self.modules.values()) - self._claimed)
