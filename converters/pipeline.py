@@ -3,14 +3,13 @@
 import logging
 import os
 import shutil
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from converters.fitting.threads import one_thread_per_op
 from converters.locked import TargetError
 from converters.model_card import README, model_card
 from converters.plan import Job, Plan
@@ -102,7 +101,7 @@ def check_space(plan: Plan, root: Path) -> None:
 
 def _run(plan: Plan, work: Workspace, writer: CheckpointWriter, workers: int) -> None:
     """Do every job that an interrupted run has not done."""
-    with _one_thread_per_op(), ThreadPoolExecutor(workers) as pool:
+    with one_thread_per_op(), ThreadPoolExecutor(workers) as pool:
         adopted = _adopted(plan, work, writer, pool)
         todo = [job for job in plan.jobs if job.name not in adopted]
         done = plan.source_bytes - sum(job.source_bytes for job in todo)
@@ -162,14 +161,3 @@ def cast_scale(name: str, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tens
     rounded = scale.to(dtype)
     check_finite(name, rounded)
     return rounded
-
-
-@contextmanager
-def _one_thread_per_op() -> Iterator[None]:
-    """Jobs run in parallel, so each op has one thread: also its sums, and bytes, never vary."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

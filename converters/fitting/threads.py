@@ -14,7 +14,7 @@ import torch
 
 @contextmanager
 def one_thread_per_op() -> Iterator[None]:
-    """Sums in one order, whatever the number of cores."""
+    """For jobs side by side: sums in one order, so bytes never vary with the number of cores."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.engine.compare import (
+    assert_equals_transformers,
     assert_same,
     assert_varied,
     errors_beside_transformers,
@@ -20,10 +21,7 @@ from tests.tiny import CONFIGS, MORE_CONFIGS, make_packed
 )
 @pytest.mark.parametrize("arch", CONFIGS)
 def test_fp32_greedy_tokens_and_logprobs_equal_transformers(arch: str, tmp_path: Path) -> None:
-    path = make_packed(arch, tmp_path)
-    expected = reference_answers(path, torch.float32)
-    assert_varied(expected)
-    assert_same(vllm_answers(path, "float32"), expected, tolerance=2e-3)
+    assert_equals_transformers(make_packed(arch, tmp_path))
 
 
 @pytest.mark.feature(
@@ -34,11 +32,7 @@ def test_fp32_greedy_tokens_and_logprobs_equal_transformers(arch: str, tmp_path:
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", MORE_CONFIGS)
 def test_many_models_equal_transformers(arch: str, tmp_path: Path) -> None:
-    path = make_packed(arch, tmp_path, seed=1)
-    # Some of these run as transformers' model in vLLM, which changes the class in this process.
-    expected = reference_answers(path, torch.float32)
-    assert_varied(expected)
-    assert_same(vllm_answers(path, "float32"), expected, tolerance=2e-3)
+    assert_equals_transformers(make_packed(arch, tmp_path, seed=1))
 
 
 # 16 bits round differently in every engine, so tokens may part. What can be asked is that vLLM's

@@ -16,6 +16,7 @@ from tests.engine.compare import (
     PROMPTS,
     TWO_RANKS,
     Answer,
+    assert_equals_transformers,
     assert_same,
     assert_varied,
     engine,
@@ -63,10 +64,7 @@ def test_fp32_greedy_tokens_and_logprobs_equal_transformers(arch: str, made: Mad
 )
 @pytest.mark.parametrize("arch", MORE_MOE_CONFIGS)
 def test_more_models_equal_transformers(arch: str, tmp_path: Path) -> None:
-    path = make_packed(arch, tmp_path)
-    expected = reference_answers(path, torch.float32)
-    assert_varied(expected)
-    assert_same(vllm_answers(path, "float32"), expected, tolerance=2e-3)
+    assert_equals_transformers(make_packed(arch, tmp_path))
 
 
 def make_equal_dense(packed: Path, path: Path) -> Path:

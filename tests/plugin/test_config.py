@@ -109,6 +109,13 @@ def test_layers_without_a_place_in_the_model_are_named(
     assert not said
 
 
+def test_a_layer_that_vllm_transforms_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"kv_b_proj: vLLM folds .* --ignore 'kv_b_proj'"):
+        vllm_config("self_attn.kv_b_proj").get_quant_method(linear(), "self_attn.kv_b_proj")
+    method = BinaryMosVllmConfig(BinaryMosConfig(1, ("kv_b_proj",)))
+    assert isinstance(method.get_quant_method(linear(), "kv_b_proj"), BinaryMosLinearMethod)
+
+
 def test_a_dense_model_is_not_served_as_a_packed_one() -> None:
     with pytest.raises(FormatError, match=r"--quantization binarymos: .* not a packed checkpoint"):
         BinaryMosVllmConfig()

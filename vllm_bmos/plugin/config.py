@@ -161,7 +161,7 @@ class BinaryMosVllmConfig(QuantizationConfig):
         prefix = prefix.removeprefix(DRAFT_PREFIX)
         if not any(name.startswith(BASE_PREFIX) for name in self.modules):
             prefix = prefix.removeprefix(BASE_PREFIX)
-        if not any(MIXER in name for name in self.modules):
+        if MIXER in prefix and not any(MIXER in name for name in self.modules):
             prefix = prefix.replace(MIXER, MAMBA)
         return prefix
 
