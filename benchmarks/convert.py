@@ -89,6 +89,8 @@ def kill_and_resume(source: Path, target: Path, jobs: int, seed: int) -> dict[st
             process.send_signal(signal.SIGKILL)
         time.sleep(0.002)
     killed = process.returncode == -signal.SIGKILL
+    if process.returncode and not killed:
+        raise SystemExit(f"the conversion of {source} ended with status {process.returncode}")
     began = time.monotonic()
     if killed:
         convert(source, target, "--resume")
@@ -142,9 +144,8 @@ def main() -> None:
     print(
         f"{source_bytes / 1e9:.2f} GB -> {packed_bytes / 1e9:.3f} GB in {run['seconds']:.1f} s, "
         f"{result['source_mb_per_second']:.0f} MB/s of source (plain copy: {plain:.1f} s), "
-        f"peak {run['peak_rss_bytes'] / 1e9:.2f} GB; killed and resumed to the same bytes: "
-        f"{len(kills)} of {len(kills)}"
-        + (f" ({args.kills - len(kills)} ended before)" if len(kills) < args.kills else "")
+        f"peak {run['peak_rss_bytes'] / 1e9:.2f} GB; {len(kills)} of {args.kills} conversions "
+        "killed before their end, all resumed to the same bytes"
     )
     write_json(args.json, result)
 

@@ -49,10 +49,13 @@ def common_parser(description: str, results_name: str) -> argparse.ArgumentParse
         metavar="FILE",
         help="where the results go; plots are written beside it",
     )
-    parser.add_argument(
-        "--threads", type=_threads, default=usable_cores(), help="CPU threads of every provider"
-    )
+    add_threads(parser, "CPU threads of every provider")
     return parser
+
+
+def add_threads(parser: argparse.ArgumentParser, text: str) -> None:
+    """The flag `--threads`, at most the cores that this process may use; `text` is its help."""
+    parser.add_argument("--threads", type=_threads, default=usable_cores(), help=text)
 
 
 def positive_int(text: str) -> int:

@@ -18,7 +18,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import torch
-from harness import positive_int, resident_bytes, usable_cores
+from harness import add_threads, positive_int, resident_bytes
 from make_model import SHAPES, Shape, with_layers
 from peers import Weights
 from peers.ggml import TYPES, load_ggml
@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--batch", nargs="+", type=positive_int, default=[1, 4, 16])
     parser.add_argument("--prompt", type=positive_int, default=512)
     parser.add_argument("--output", type=positive_int, default=32)
-    parser.add_argument("--threads", type=positive_int, default=usable_cores())
+    add_threads(parser, "CPU threads of llama.cpp")
     args = parser.parse_args()
     shape = with_layers(SHAPES[args.shape], args.layers)
     path = args.work / f"{args.shape}-{shape.num_hidden_layers}-{args.type}.{LAYOUT}.gguf"

@@ -16,7 +16,7 @@ from typing import Any
 
 from baselines import billm, gptq, omniquant, pb_llm
 from baselines.sequential import BITS, PUBLISHED, Quantize, quantize_model, write_dense
-from harness import logger, positive_int, start, usable_cores, write_json
+from harness import add_threads, logger, positive_int, start, write_json
 
 from converters.calibration import Calibration, CalibrationError, load_texts, sample
 from converters.fitting.run import FitOptions, tokenizer_of
@@ -90,7 +90,7 @@ def main() -> int:
     parser.add_argument(
         "--batch", type=positive_int, default=omniquant.BATCH, help="windows in such a step"
     )
-    parser.add_argument("--threads", type=positive_int, default=usable_cores())
+    add_threads(parser, "CPU threads")
     args = parser.parse_args()
     start(args.threads)
     try:
