@@ -137,7 +137,8 @@ private:
             const Grid grid(max_bits[t], h.planes);
             units[m + t] = grid.unit;
             if (!grid.finite()) std::memset(own.t + t * ld, 0, Kp * sizeof(float));
-            c.f.digits(own.t + t * ld, Kp, grid.inverse, h.planes, row_of(m + t), kTile * Kp,
+            const float inverse = grid.finite() ? grid.inverse : 0.0f;
+            c.f.digits(own.t + t * ld, Kp, inverse, h.planes, row_of(m + t), kTile * Kp,
                        plane_sums + (m + t) * h.planes);
         }
     }

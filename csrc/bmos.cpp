@@ -45,11 +45,15 @@ void pack_block(const uint8_t* bits, int64_t row_bytes, int rows, int64_t column
 
 using namespace bmos;
 
+int bmos_abi() { return BMOS_ABI; }
+
 const char* bmos_status(int status) {
     switch (status) {
         case BMOS_OK: return "it worked";
         case BMOS_NOT_PACKED: return "the weight was not prepared by this kernel; call prepare first";
-        case BMOS_SHAPE: return "the shapes of x, the weight and shard_sizes do not fit together";
+        case BMOS_SHAPE:
+            return "shapes or dtypes of x, logits, the prepared tensors, bias and shard_sizes do "
+                   "not fit together";
         case BMOS_OTHER_ISA:
             return "the weight was prepared for another instruction set; prepare it again";
         default: return "there is not enough memory for the activations";
@@ -103,11 +107,13 @@ int bmos_router_logits(const void* x, int x_dtype, int64_t M, int64_t K, const v
 
 int bmos_linear(const void* x, int x_dtype, int64_t M, int64_t K, const float* logits,
                 const void* packed, const void* s_in, const void* s_out, const void* router,
-                const void* bias, int bias_dtype, void* y, int64_t N, int threads) {
+                int scale_dtype, int64_t S, int64_t E, const void* bias, int bias_dtype, void* y,
+                int64_t N, int threads) {
     const auto* h = static_cast<const Header*>(packed);
     if (h->magic != Header::kMagic) return BMOS_NOT_PACKED;
     if (h->bytewise != kernels().bytewise) return BMOS_OTHER_ISA;
     if (h->K != K || h->column_of(h->S) != N || M < 0) return BMOS_SHAPE;
+    if (h->S != S || h->E != E || h->scale_dtype != scale_dtype) return BMOS_SHAPE;
     if (M == 0 || N == 0) return BMOS_OK;
     const Call call = {kernels(),
                        *h,

@@ -23,6 +23,10 @@ enum BmosStatus {
     BMOS_OTHER_ISA = 4,
 };
 
+// Counts the changes of these functions' arguments.
+enum { BMOS_ABI = 1 };
+BMOS_API int bmos_abi();
+
 // What a status means.
 BMOS_API const char* bmos_status(int status);
 
@@ -49,9 +53,10 @@ BMOS_API int bmos_router_logits(const void* x, int x_dtype, int64_t M, int64_t K
                                 const void* router, int scale_dtype, int64_t rows,
                                 float* logits, int threads);
 
-// y[M, N] of the whole layer; `logits` [M, S, E] and `bias` [N] may be null.
+// y[M, N] of the whole layer; `logits` [M, S, E] and `bias` [N] may be null. The scales
+// s_in[S, E, K], s_out[E, N] and router[S, E, K] have one dtype.
 BMOS_API int bmos_linear(const void* x, int x_dtype, int64_t M, int64_t K, const float* logits,
                          const void* packed, const void* s_in, const void* s_out,
-                         const void* router, const void* bias, int bias_dtype, void* y, int64_t N,
-                         int threads);
+                         const void* router, int scale_dtype, int64_t S, int64_t E,
+                         const void* bias, int bias_dtype, void* y, int64_t N, int threads);
 }

@@ -64,7 +64,8 @@ struct Layer {
     std::vector<float> outputs(int64_t M, int threads) const {
         std::vector<float> y(M * N);
         expect(bmos_linear(x.data(), BMOS_F32, M, K, nullptr, packed.data(), s_in.data(),
-                           s_out.data(), router.data(), nullptr, 0, y.data(), N, threads));
+                           s_out.data(), router.data(), BMOS_F32, int64_t(shards.size()), E,
+                           nullptr, 0, y.data(), N, threads));
         return y;
     }
 

@@ -1,5 +1,6 @@
 #include "torch_op.h"
 
+#include <algorithm>
 #include <initializer_list>
 #include <new>
 #include <stdexcept>
@@ -52,6 +53,10 @@ struct Tensor {
         check_argument(contiguous, "all tensors must be contiguous");
         dtype = bmos_dtype(torch_dtype);
     }
+
+    bool is(std::initializer_list<int64_t> shape) const {
+        return dims == int64_t(shape.size()) && std::equal(shape.begin(), shape.end(), sizes);
+    }
 };
 
 // The callee owns its arguments.
@@ -81,19 +86,26 @@ void bmos_torch_linear(BmosValue* stack, uint64_t, uint64_t) {
         const Tensor x(handle(stack[X])), logits(optional(stack[LOGITS])),
             weight(handle(stack[WEIGHT])), s_in(handle(stack[S_IN])), s_out(handle(stack[S_OUT])),
             router(handle(stack[ROUTER])), bias(optional(stack[BIAS]));
-        check_argument(x.dims == 2 && s_out.dims == 2, "x and out_channel_scale must have 2 dims");
+        check_argument(x.dims == 2 && s_in.dims == 3 && s_out.dims == 2,
+                       "expected x[M, K], in_channel_scale[S, E, K], out_channel_scale[E, N]");
         check_argument(x.dtype >= 0 && bias.dtype >= 0,
                        "x and bias must be float32, float16 or bfloat16");
         check_argument(logits.dtype == BMOS_F32, "logits must be float32");
         uint32_t threads = 1;
         check_call(torch.num_threads(&threads));
         const int64_t M = x.sizes[0], K = x.sizes[1], N = s_out.sizes[1];
+        const int64_t S = s_in.sizes[0], E = s_in.sizes[1];
+        check_argument(s_in.is({S, E, K}) && router.is({S, E, K}) && s_out.is({E, N}) &&
+                           (!logits.data || logits.is({M, S, E})) && (!bias.data || bias.is({N})) &&
+                           s_in.dtype == router.dtype && s_in.dtype == s_out.dtype,
+                       bmos_status(BMOS_SHAPE));
         const int64_t sizes[] = {M, N}, strides[] = {N, 1};
         check_call(torch.empty_strided(2, sizes, strides, x.torch_dtype, kCpu, 0, &y));
         const Tensor out(y);
         const int status = bmos_linear(
             x.data, x.dtype, M, K, static_cast<float*>(logits.data), weight.data, s_in.data,
-            s_out.data, router.data, bias.data, bias.dtype, out.data, N, int(threads));
+            s_out.data, router.data, s_in.dtype, S, E, bias.data, bias.dtype, out.data, N,
+            int(threads));
         if (status) torch.delete_tensor(y);
         check_argument(status == BMOS_OK, bmos_status(status));
     }

@@ -263,6 +263,18 @@ def test_router_logits(isa: str, dtype: torch.dtype) -> None:
         assert torch.equal(linear(layer, tensors, x, logits), y)
 
 
+def test_router_logits_are_float32_whatever_torchs_default_is() -> None:
+    layer = oracle.random_layer((8, 8), 200, 4)
+    tensors, x = prepare(layer, BF16), random_x(3, 200, BF16)
+    expected = ops.router_logits(x, tensors.router_weight, 2, 4, "cpu")
+    torch.set_default_dtype(BF16)
+    try:
+        found = ops.router_logits(x, tensors.router_weight, 2, 4, "cpu")
+    finally:
+        torch.set_default_dtype(F32)
+    assert found.dtype == F32 and torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("M", [3, 30])
 def test_non_contiguous_activations(isa: str, M: int) -> None:
     layer = oracle.random_layer((70,), 200, 4)

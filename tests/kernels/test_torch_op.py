@@ -2,6 +2,7 @@
 
 import ctypes
 import mmap
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,17 @@ def test_arguments_and_results_are_not_leaked() -> None:
     assert resident() - before < 20 * 2**20  # a leak would take 140 MB
 
 
+def one_less(tensors: LinearTensors, name: str) -> LinearTensors:
+    """With the last column of a tensor cut off."""
+    return replace(tensors, **{name: getattr(tensors, name)[..., :-1].contiguous()})
+
+
+def other_dtype(tensors: LinearTensors) -> LinearTensors:
+    """With scales of another dtype than was prepared."""
+    weight, *scales = tensors.in_order()
+    return LinearTensors(weight, *(scale.double().to(torch.bfloat16) for scale in scales))
+
+
 def test_bad_arguments_are_refused() -> None:
     tensors, x = prepared(torch.float32), torch.randn(3, K)
     plain = LinearTensors(
@@ -87,12 +99,34 @@ def test_bad_arguments_are_refused() -> None:
         (arguments(x, None, plain, None), "not prepared by this kernel"),
         (arguments(torch.randn(3, K + 1), None, tensors, None), "do not fit together"),
         (arguments(torch.randn(K, 3).T, None, tensors, None), "contiguous"),
-        (arguments(torch.randn(K), None, tensors, None), "2 dims"),
+        (arguments(torch.randn(K), None, tensors, None), r"expected x\[M, K\]"),
         (arguments(x.double(), None, tensors, None), "float32, float16 or bfloat16"),
         (arguments(x, torch.randn(3, 2, E).half(), tensors, None), "logits must be float32"),
     ):
         with pytest.raises(ValueError, match=message):
             torch.ops.vllm_bmos.cpu_linear(*call)
+
+
+def test_what_does_not_fit_together_is_refused() -> None:
+    tensors, x, logits = prepared(torch.float32), torch.randn(3, K), torch.randn(3, 2, E)
+    parts = ("in_channel_scale", "out_channel_scale", "router_weight")
+    calls: list[tuple[torch.Tensor, torch.Tensor | None, LinearTensors, torch.Tensor | None]] = [
+        (torch.randn(3, K + 1), None, tensors, None),
+        (x, logits[:1], tensors, None),
+        (x, logits[:, :1].contiguous(), tensors, None),
+        (x, None, tensors, torch.randn(50)),
+        (x, None, other_dtype(tensors), None),
+        *((x, None, one_less(tensors, part), None) for part in parts),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match="do not fit together"):
+            torch.ops.vllm_bmos.cpu_linear(*arguments(*call))
+        with pytest.raises(ValueError, match="do not fit together"):
+            cpu.CpuKernel().linear(*call, list(SIZES))
+    signs = torch.zeros(102, 25, dtype=torch.uint8)
+    config = LinearConfig(K, SIZES, E, torch.float32, torch.float32, "cpu")
+    with pytest.raises(ValueError, match="expected signs of 103 outputs, found 102"):
+        cpu.CpuKernel().prepare(replace(tensors, weight=signs), config)
 
 
 def test_op_contract_and_compile() -> None:

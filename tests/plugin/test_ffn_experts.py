@@ -1,6 +1,7 @@
 """The op of a mixture-of-experts layer, against float64 and against itself split over ranks."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -205,6 +206,20 @@ def test_a_cuda_graph_computes_the_same_without_asking_who_got_what(
     monkeypatch.setattr(torch, "bincount", None)  # whose result would be read back
     torch.testing.assert_close(run(experts, x, weights, ids), plain)
     torch.testing.assert_close(run(experts[:2], x, weights, ids, expert_map=expert_map), mapped)
+
+
+def test_in_a_cuda_graph_experts_that_were_not_chosen_may_overflow(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    experts, (x, weights, ids) = experts_of(), routing(17)
+    w13, w2 = experts[2]
+    experts[2] = replace(w13, s_out=torch.full_like(w13.s_out, 6e4)), w2
+    x = x.half()
+    assert not run(experts, x, weights, 0 * ids + 2).isfinite().all()
+    plain = run(experts, x, weights, ids)
+    monkeypatch.setattr(module, "_capturing", lambda x: True)
+    assert plain.isfinite().all()
+    torch.testing.assert_close(run(experts, x, weights, ids), plain, rtol=1e-2, atol=1e-2)
 
 
 def test_op_contract() -> None:

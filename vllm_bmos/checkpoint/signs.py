@@ -22,14 +22,6 @@ def pack_signs(positive: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(bits)
 
 
-def unpack_bits(packed: torch.Tensor, K: int) -> torch.Tensor:
-    """Unpack uint8 [..., ceil(K/8)] to bool [..., K], True for +1, on the tensor's device."""
-    check_width(packed, K)
-    shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
-    bits = (packed.unsqueeze(-1) >> shifts) & 1
-    return bits.flatten(-2)[..., :K].bool()
-
-
 def unpack_signs(packed: torch.Tensor, K: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Unpack uint8 [N, ceil(K/8)] to B [N, K] of -1 and +1 in `dtype`, on the tensor's device."""
     check_width(packed, K)

@@ -35,6 +35,8 @@ LIBRARY_ENV = "VLLM_BMOS_CPU_LIBRARY"
 # The enums of csrc/bmos.h.
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 MODES = {"int8": 1, "default": 2, "exact": 4}
+SHAPE = 2  # BMOS_SHAPE
+ABI = 1  # BMOS_ABI
 MAX_K = 65536  # kMaxK of csrc/kernels.h
 
 # Another build of the library, with sanitizers, say, may be named.
@@ -92,7 +94,7 @@ class CpuKernel(Kernel):
         x = x.contiguous()
         M, K = x.shape
         E = router_weight.shape[1]
-        logits = torch.empty((M, shards, E))
+        logits = torch.empty((M, shards, E), dtype=torch.float32)
         status = library().bmos_router_logits(
             x.data_ptr(),
             DTYPES[x.dtype],
@@ -123,6 +125,17 @@ class CpuKernel(Kernel):
             bias = bias.contiguous()
         M, K = x.shape
         N = sum(shard_sizes)
+        s_in = tensors.in_channel_scale
+        S, E = s_in.shape[:2]
+        shapes = [(S, E, K), (E, N), (S, E, K)]
+        _, *scales = tensors.in_order()
+        if (
+            [scale.shape for scale in scales] != shapes
+            or {scale.dtype for scale in scales} != {s_in.dtype}
+            or (logits is not None and logits.shape != (M, S, E))
+            or (bias is not None and bias.shape != (N,))
+        ):
+            _check(SHAPE)
         y = x.new_empty((M, N))
         status = library().bmos_linear(
             x.data_ptr(),
@@ -134,6 +147,9 @@ class CpuKernel(Kernel):
             tensors.in_channel_scale.data_ptr(),
             tensors.out_channel_scale.data_ptr(),
             tensors.router_weight.data_ptr(),
+            DTYPES[s_in.dtype],
+            S,
+            E,
             None if bias is None else bias.data_ptr(),
             0 if bias is None else DTYPES[bias.dtype],
             y.data_ptr(),
@@ -156,6 +172,8 @@ def _packed_bytes(config: LinearConfig) -> int:
 def _pack(signs: torch.Tensor, config: LinearConfig, packed: torch.Tensor) -> None:
     """Re-lay the checkpoint's signs [N, ceil(K/8)] into `packed`."""
     check_width(signs, config.K)
+    if len(signs) != config.N:
+        raise ValueError(f"expected signs of {config.N} outputs, found {len(signs)}.")
     signs, shards = signs.contiguous(), len(config.shard_sizes)
     bmos = library()
     torch_op.register(bmos)
@@ -200,6 +218,8 @@ def library() -> ctypes.CDLL:
         ValueError: if the machine or the build does not have that instruction set.
     """
     bmos = ctypes.CDLL(str(LIBRARY))
+    if not hasattr(bmos, "bmos_abi") or bmos.bmos_abi() != ABI:
+        raise OSError(f"{LIBRARY} was built from another version of csrc/")
     number, size, pointer, text = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p, ctypes.c_char_p
     bmos.bmos_isas.argtypes, bmos.bmos_isas.restype = [], text
     bmos.bmos_isa.argtypes, bmos.bmos_isa.restype = [], text
@@ -216,7 +236,7 @@ def library() -> ctypes.CDLL:
     bmos.bmos_linear.argtypes = [
         *(pointer, number, size, size),
         *(pointer, pointer, pointer, pointer, pointer),
-        *(pointer, number, pointer, size, number),
+        *(number, size, size, pointer, number, pointer, size, number),
     ]
     name = os.environ.get(ISA_ENV)
     if name and bmos.bmos_use_isa(name.encode()):

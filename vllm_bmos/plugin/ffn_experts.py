@@ -63,7 +63,8 @@ def _ffn_experts(
     if expert_map is not None:
         ids = expert_map[ids.clamp(min=0)].long().masked_fill(ids < 0, -1)
     weights = topk_weights.float()
-    if _capturing(x):
+    capturing = _capturing(x)
+    if capturing:
         # A CUDA graph cannot ask who got which token: every expert sees every one.
         every = weights.new_zeros(M, X + 1).scatter_add_(1, ids + 1, weights)
         ids, weights = torch.arange(X, device=x.device).expand(M, X), every[:, 1:]
@@ -100,6 +101,8 @@ def _ffn_experts(
     result = result.view(M, ids.shape[1], H).float()
     if not weights_on_input:
         result *= weights.unsqueeze(2)
+    if capturing:  # experts that a token did not choose may have overflowed on it
+        result.masked_fill_(weights.unsqueeze(2) == 0, 0.0)
     return result.sum(dim=1).to(x.dtype)
 
 

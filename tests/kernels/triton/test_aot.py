@@ -19,6 +19,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 PLAIN = (4096, 4096)  # K, and the outputs of each shard
+LONG = (11008, 4096)  # where the router's tiles are as long as they get
 MERGED = (4096, 4096, 1024, 1024)
 ONE_BLOCK = (77, 1, 5)  # a single step over K, which must stay a loop
 DTYPES = (torch.float16, torch.bfloat16)
@@ -31,8 +32,11 @@ DECODE_LIMIT = 1.45  # instructions per weight and lane
 
 def compiled(job):
     """(job, [(launch name, options, grid, Sass)]) in a worker process."""
-    arch, M, dtype, (K, *shard_sizes), only = job
-    launches = aot.layer_launches(arch, M, K, tuple(shard_sizes), 4, dtype, dtype, biased=True)
+    arch, M, dtype, (K, *shard_sizes), only, *scales = job
+    E, scale_dtype = scales or (4, dtype)
+    sizes = tuple(shard_sizes)
+    launches = aot.layer_launches(arch, M, K, sizes, E, dtype, scale_dtype, biased=True)
+    assert set(only) <= {recorded.name for recorded in launches}, (job, launches)
     return job, [
         (recorded.name, recorded.options, aot.compile_sass(recorded, arch))
         for recorded in launches
@@ -41,7 +45,7 @@ def compiled(job):
 
 
 def jobs(wider: bool):
-    gemm, large = ("gemm",), ("dequant", "finish")
+    gemm, large = ("gemm",), ("logits", "scale", "dequant", "finish")
     for arch in aot.ARCHS:
         tiles = configs.tiles_for(arch)
         for dtype in DTYPES:
@@ -57,7 +61,11 @@ def jobs(wider: bool):
             yield arch, 1, torch.bfloat16, PLAIN, ("route",)
         else:
             yield arch, 1, torch.float16, PLAIN, ("route",)
-            yield arch, tiles[-1].M + 500, torch.float16, PLAIN, (*large, "route")
+            yield arch, tiles[-1].M + 500, torch.float16, PLAIN, large
+    for E, scale_dtype in ((1, torch.float32), (2, torch.float32), (16, torch.float16)):
+        if not wider or E == 2:
+            yield 86, 1, torch.float16, LONG, ("route",), E, scale_dtype
+            yield 86, 1000, torch.float16, LONG, ("logits", "scale"), E, scale_dtype
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +74,7 @@ def results(request):
         found = list(pool.map(compiled, jobs(wider=request.param == WIDER)))
     return [
         (f"sm_{arch} {dtype} M={M} {shape} {name}", arch, name, options, sass)
-        for (arch, M, dtype, shape, _), compiled_launches in found
+        for (arch, M, dtype, shape, *_), compiled_launches in found
         for name, options, sass in compiled_launches
     ]
 

@@ -49,6 +49,15 @@ def test_batch_invariance_uses_one_tile(fresh):
     assert len({configs.tile_for(90, M) for M in (1, 16, 17, 511, 512, 8192)}) == 1
 
 
+@pytest.mark.parametrize("limits", [[8], [8, None]])
+def test_batch_invariance_refuses_tiles_that_depend_on_the_batch(fresh, tmp_path, limits):
+    file = tmp_path / "tiles.json"
+    file.write_text(json.dumps({"batch_invariant": [{**ROW, "M": M} for M in limits]}))
+    fresh.setenv(configs.CONFIGS_ENV, str(file))
+    with pytest.raises(ValueError, match="batch_invariant: expected one tile with M null"):
+        configs.table()
+
+
 def test_a_file_replaces_an_entry(fresh, tmp_path):
     file = tmp_path / "tiles.json"
     file.write_text(json.dumps({"sm_86": [{**ROW, "BN": 64}]}))

@@ -133,6 +133,20 @@ def test_grids_cover_every_output_once(on_gpu, arch, K, shard_sizes):
         assert columns == [1] * N
 
 
+@pytest.mark.parametrize("M", [3, 100])
+def test_given_logits_start_where_the_kernels_expect_it(on_gpu, M):
+    """As some views of a mixture of experts do not, for which others would be compiled."""
+    on_gpu(90)
+    with FakeTensorMode(), aot.recording() as launches:
+        layer = fake_layer(256, (300,), E=3)
+        x = torch.empty(M, 256, dtype=torch.float16, device="cuda")
+        views = torch.empty(1 + M, 1, 3, device="cuda").split([1, M])
+        launch.linear(x, views[1], layer, None, [300])
+    given = launches[0].args[1]
+    assert launches[0].name in ("route", "scale") and given.shape == (M, 1, 3)
+    assert given.storage_offset() % 4 == 0
+
+
 def test_a_model_of_fake_cuda_tensors(on_gpu):
     """Two merged layers through the ops, as vLLM traces them before any kernel runs."""
     on_gpu(90)

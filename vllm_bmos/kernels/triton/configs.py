@@ -17,6 +17,7 @@ from typing import Any
 
 CONFIGS_ENV = "VLLM_BMOS_TRITON_CONFIGS"
 BATCH_INVARIANT_ENV = "VLLM_BATCH_INVARIANT"
+BATCH_INVARIANT = "batch_invariant"  # an entry of the table
 TABLE_FILE = Path(__file__).with_name("configs.json")
 MAX_ROWS = 128
 
@@ -88,6 +89,8 @@ def parse_table(table: Mapping[str, Any], source: str) -> dict[str, tuple[Tile, 
             tiles.append(tile)
         if not tiles:
             raise ValueError(f"{source}: {name} has no tile")
+        if name == BATCH_INVARIANT and [tile.M for tile in tiles] != [None]:
+            raise ValueError(f"{source}: {name}: expected one tile with M null, which serves any M")
         parsed[name] = tuple(tiles)
     return parsed
 
@@ -119,7 +122,7 @@ def batch_invariant() -> bool:
 def tiles_for(arch: int) -> tuple[Tile, ...]:
     """The tiles of an architecture, such as 86 for compute capability 8.6."""
     if batch_invariant():
-        return table()["batch_invariant"]
+        return table()[BATCH_INVARIANT]
     # Tensor memory, which limits a tile, is alike in all GPUs of 10.x and 11.x.
     family = 100 if 100 <= arch < 120 else arch
     return table().get(f"sm_{arch}", table().get(f"sm_{family}", table()["default"]))

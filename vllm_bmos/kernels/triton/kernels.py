@@ -143,7 +143,9 @@ def route(
     KP = KB * 128
     e = tl.arange(0, E_PAD)
     e_mask = token_mask[:, None] & (e < E)[None, :]
-    if given_logits is None:
+    if E == 1:
+        scores = tl.zeros([BT, E_PAD], tl.float32)  # a single gate is 1, whatever its logit
+    elif given_logits is None:
         scores = _logits(x, router + shard * E * KP, tokens, token_mask, K, KP, E, E_PAD, BK)
     else:
         given = given_logits + (tokens[:, None] * S + shard) * E + e[None, :]

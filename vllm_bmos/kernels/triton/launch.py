@@ -61,7 +61,7 @@ def router_logits(x: torch.Tensor, router_weight: torch.Tensor) -> torch.Tensor:
     S, E, KP = router_weight.shape
     out = x.new_empty((M, S, E), dtype=torch.float32)
     if M:
-        BT, warps = (1, 4) if _few(M) else (8, 4)
+        BT, warps = 1 if _few(M) else 8, 4
         BK = min(ROUTE_ELEMENTS * warps // BT, triton.next_power_of_2(KP))
         launch(
             kernels.logits, (triton.cdiv(M, BT), S * E),
@@ -103,10 +103,12 @@ def _route(
     if _few(M):
         even_sums = x.new_empty((S, M), dtype=torch.float32)
         warps = 16
-        BK = max(WORD, ROUTE_ELEMENTS * warps // E_PAD)
+        # One expert has tiles as long as two: longer, x and scales exceed 8.6's shared memory.
+        BK = max(WORD, ROUTE_ELEMENTS * warps // max(E_PAD, 2))
+        given = None if logits is None or E == 1 else _aligned(logits)
         launch(
             kernels.route, (M, S),
-            x, None if logits is None else logits.contiguous(), tensors.router_weight,
+            x, given, tensors.router_weight,
             tensors.in_channel_scale, xs, even_sums, g, M, K, KP // BLOCK_K, S=S, E=E,
             E_PAD=E_PAD, BT=1, BK=min(BK, triton.next_power_of_2(KP)), num_warps=warps,
         )  # fmt: skip
@@ -117,7 +119,7 @@ def _route(
     even_parts = x.new_empty((S, M, blocks), dtype=torch.float32)
     launch(
         kernels.scale, (triton.cdiv(M, SCALE_TOKENS), S, blocks),
-        x, logits.contiguous(), tensors.in_channel_scale, xs, even_parts, g, M, K, KP // BLOCK_K,
+        x, _aligned(logits), tensors.in_channel_scale, xs, even_parts, g, M, K, KP // BLOCK_K,
         E=E, E_PAD=E_PAD, BT=SCALE_TOKENS, num_warps=4,
     )  # fmt: skip
     return xs, even_parts.sum(dim=-1), g
@@ -186,7 +188,7 @@ def _few(M: int) -> bool:
 
 
 def _aligned(x: torch.Tensor) -> torch.Tensor:
-    """Dense rows that start on 16 bytes, as the kernels were compiled for."""
+    """Dense rows that start on 16 bytes; for others Triton would compile other kernels."""
     x = x.contiguous()
     return x.clone() if x.storage_offset() * x.element_size() % 16 else x
 
