@@ -33,7 +33,7 @@ setup: $(STAMP)
 
 $(STAMP): pyproject.toml $(wildcard requirements/*.txt) packaging/vllm/pyproject.toml $(NATIVE)
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, found " + sys.version.split()[0] + "; set PYTHON=") if sys.version_info < (3, 11) else 0'
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
 	@scripts/setup-$(BACKEND).sh $(BIN)/python $(TORCH_INDEX) $(VLLM)
 	@rm -f $(VENV)/.setup-*
 	@touch $@

