@@ -125,7 +125,10 @@ def _parser(runs: Mapping[str, Callable[[argparse.Namespace], int]]) -> argparse
     )
     convert_.add_argument("--length", type=_positive, default=1024, help="tokens in a window")
     convert_.add_argument(
-        "--held-out", type=_positive, default=4, help="windows of held-out text to check on"
+        "--held-out",
+        type=_positive,
+        default=4,
+        help="windows of held-out text to check on; at least one of each text is taken",
     )
     convert_.add_argument(
         "--tokens", type=_positive, default=250_000, help="to train on in kd-scales, qat, experts"

@@ -57,11 +57,13 @@ class Calibration:
         train: int64 [windows, T].
         held_out: int64 [windows, T], from parts of the sources that `train` never touches.
         record: names and sha256 of the sources, seed and sizes, for the provenance.
+        bos: the token that every window begins with, if there is one.
     """
 
     train: torch.Tensor
     held_out: torch.Tensor
     record: dict[str, Any]
+    bos: int | None = None
 
 
 def load_texts(names: Sequence[str]) -> list[Text]:
@@ -91,11 +93,14 @@ def sample(
 ) -> Calibration:
     """Draw windows of `length` tokens, in turn from every source, without overlap.
 
+    Where the tokenizer begins every text with a token (BOS), every window begins with it: models
+    that know it give it a part (an attention sink), and are served with it.
+
     Args:
         texts: the sources.
         tokenizer: a transformers tokenizer.
         windows: to fit on; fewer if the texts are short.
-        held_out: to check on.
+        held_out: to check on, but at least one of each source.
         length: T.
         seed: of the order in which windows are drawn.
 
@@ -103,29 +108,57 @@ def sample(
         CalibrationError: if a source has too few tokens for one window of each kind.
     """
     generator = torch.Generator().manual_seed(seed)
+    bos = bos_of(tokenizer)
+    body = length - (bos is not None)
     pools: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
     for text in texts:
-        cut = int(len(text.content) * (1 - HELD_OUT))
-        parts = {"": text.content[:cut], "the held-out part of ": text.content[cut:]}
+        end = int(len(text.content) * (1 - HELD_OUT))
+        parts = {"": text.content[:end], "the held-out part of ": text.content[end:]}
         for pool, (which, part) in zip(pools, parts.items(), strict=True):
             tokens = token_ids(tokenizer, part)
-            count = len(tokens) // length
+            count = len(tokens) // body if body else 0
             if count == 0:
                 raise CalibrationError(
                     f"{which}calibration text {text.name}: {len(tokens)} tokens are fewer than "
                     f"one window of {length}. Give more text or a smaller --length."
                 )
             order = torch.randperm(count, generator=generator)
-            pool.append(torch.tensor(tokens[: count * length]).view(count, length)[order])
-    train, check = _interleave(pools[0], windows), _interleave(pools[1], held_out)
+            windows_here = torch.tensor(tokens[: count * body]).view(count, body)[order]
+            pool.append(with_bos(windows_here, bos))
+    train = _interleave(pools[0], windows)
+    check = _interleave(pools[1], max(held_out, len(texts)))
     record = {
         "texts": [{"name": text.name, "sha256": text.sha256} for text in texts],
         "windows": len(train),
         "held_out": len(check),
         "length": length,
+        "bos": bos is not None,
         "seed": seed,
     }
-    return Calibration(train, check, record)
+    return Calibration(train, check, record, bos)
+
+
+def bos_of(tokenizer: Any) -> int | None:
+    """The token that a tokenizer begins every text with, if it is BOS."""
+    (tokens,) = tokenizer(["a"]).input_ids  # an empty text does not show which end a token is at
+    return int(tokens[0]) if tokens[0] == tokenizer.bos_token_id else None
+
+
+def with_bos(windows: torch.Tensor, bos: int | None) -> torch.Tensor:
+    """Windows [windows, T] behind BOS, if there is one."""
+    if bos is None:
+        return windows
+    return torch.cat([windows.new_full((len(windows), 1), bos), windows], dim=1)
+
+
+def cut(windows: torch.Tensor, length: int, bos: int | None) -> torch.Tensor:
+    """Windows [windows, T] as shorter ones [more, length]; if BOS begins those, it begins these."""
+    own = int(bos is not None)
+    body, size = windows[:, own:], length - own
+    if size < 1:
+        raise CalibrationError(f"windows of {length} have no room for text behind BOS: give more.")
+    whole = body[:, : body.shape[1] // size * size]
+    return with_bos(whole.reshape(-1, size), bos)
 
 
 def token_ids(tokenizer: Any, text: str) -> list[int]:
@@ -139,8 +172,8 @@ def _pieces(text: str) -> Iterator[str]:
     """A text in parts of about `PIECE` characters, cut where lines start."""
     start = 0
     while start < len(text):
-        cut = LINE_START.search(text, start + PIECE)
-        end = cut.start() if cut else len(text)
+        found = LINE_START.search(text, start + PIECE)
+        end = found.start() if found else len(text)
         yield text[start:end]
         start = end
 

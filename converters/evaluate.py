@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from converters.calibration import CalibrationError
+from converters.calibration import CalibrationError, bos_of, with_bos
 from converters.sources import Source
 from converters.sources.gguf import GgufSource
 
@@ -18,7 +18,8 @@ def evaluate(source: Source, target: Path, text: str) -> dict[str, float]:
     """Perplexities by name: "packed", and "dense" if the source is a dense model.
 
     Protocol: the text is tokenised whole without special tokens and cut into non-overlapping
-    windows; the mean negative log-likelihood is over every token but the first of each window.
+    windows, each behind BOS if the tokenizer begins texts with it; the mean negative
+    log-likelihood is over every token but the first of each window.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -28,14 +29,14 @@ def evaluate(source: Source, target: Path, text: str) -> dict[str, float]:
     tokens = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids[0]
     if len(tokens) < 2:
         raise CalibrationError("--eval-text: expected two tokens of text or more, found fewer.")
-    result = {}
+    result, bos = {}, bos_of(tokenizer)
     if source.stage is not None:
         gguf = {"gguf_file": source.path.name} if isinstance(source, GgufSource) else {}
         dense = AutoModelForCausalLM.from_pretrained(source.files, dtype=torch.float32, **gguf)
-        result["dense"] = perplexity(dense, tokens)
+        result["dense"] = perplexity(dense, tokens, bos)
         del dense
     packed = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
-    result["packed"] = perplexity(packed, tokens)
+    result["packed"] = perplexity(packed, tokens, bos)
     return result
 
 
@@ -67,11 +68,12 @@ def router_entropy(path: Path, text: str) -> dict[str, float]:
 
 
 @torch.inference_mode()
-def perplexity(model: Any, tokens: torch.Tensor) -> float:
-    """Perplexity of a causal language model on tokens [T]."""
+def perplexity(model: Any, tokens: torch.Tensor, bos: int | None = None) -> float:
+    """Perplexity of a causal language model on tokens [T], each window behind BOS if given."""
     window = min(WINDOW, model.config.max_position_embeddings)
     loss, count = 0.0, 0
-    for part in tokens.split(window):
+    for tail in tokens.split(window - (bos is not None)):
+        (part,) = with_bos(tail[None], bos)
         if len(part) < 2:
             continue
         logits = model(part[None]).logits[0, :-1].float()

@@ -15,15 +15,16 @@ from converters.arguments import BAD_INPUT, BAD_TARGET, INTERRUPTED, OK, parse
 from converters.calibration import CalibrationError
 from converters.compare import compare
 from converters.evaluate import evaluate, router_entropy
-from converters.fitting import FITTED_STAGES, STAGES, check_fittable
+from converters.fitting import FITTED_STAGES, STAGES, check_fittable, stages_up_to
 from converters.fitting.distributed import is_main
 from converters.layers_file import extract, plan_with_layers
 from converters.locked import TargetError
-from converters.model_card import README, model_card
+from converters.model_card import model_card
 from converters.options import Options
 from converters.pipeline import convert
 from converters.plan import Plan, make_plan
 from converters.report import conversion_report, inspection, plan_report
+from converters.side_files import README
 from vllm_bmos.checkpoint.format import FormatError
 from vllm_bmos.checkpoint.verify import verify
 from vllm_bmos.checkpoint.writer import write_bytes
@@ -86,16 +87,16 @@ def run_convert(args: argparse.Namespace) -> int:
     text = read_text(args.eval_text) if args.eval_text else None
     if args.dry_run:
         if args.stage in FITTED_STAGES:
-            check_fittable(plan, args.stage)
+            check_fittable(plan, [args.stage] if args.start_from else stages_up_to(args.stage))
         if is_main():
             print(plan_report(plan, args.stage))
         return OK
     fit = make_fit(plan, args) if args.stage in FITTED_STAGES else None
-    plan = fit.plan if fit else plan
     if fit:
         fit.run(args.dst, args.resume, args.jobs)
         if not is_main():
             return OK  # the first process of torchrun writes the result
+        plan = fit.plan
     elif plan.source.stage in STAGES:
         _warn_data_free(plan)
     zeros = convert(plan, args.dst, resume=args.resume, workers=args.jobs)

@@ -10,12 +10,14 @@ quantization_config as JSON in the header's metadata.
 
 import hashlib
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
 from safetensors import safe_open
 from safetensors.torch import save
 
+from converters.locked import TargetError
 from converters.options import Options
 from converters.plan import Plan, make_plan
 from converters.sources.fitted import FittedSource
@@ -35,11 +37,14 @@ def extract(packed: Path, file: Path) -> int:
 
     Raises:
         FormatError: if the checkpoint is damaged, or keeps norms in its layers (OneBit's).
+        TargetError: if the file exists.
     """
     checkpoint = Checkpoint(packed)
     if checkpoint.config.output_norm is not None:
         raise FormatError(f"{packed}: layers that end in a norm cannot be extracted.")
     tensors = {name: checkpoint.tensor(name) for name in checkpoint.specs if owner_of(name)}
+    if os.path.lexists(file):
+        raise TargetError(f"{file} exists already. Delete it or choose another name.")
     data = save(tensors, {KEY: json.dumps(checkpoint.config.to_dict())})
     write_bytes(file, data)
     return len(data)

@@ -2,9 +2,10 @@
 
 import fcntl
 import os
+import shutil
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import ClassVar, Self
 
 
 class TargetError(Exception):
@@ -17,12 +18,31 @@ class LockedFolder:
     Args:
         root: the directory.
 
+    Attributes:
+        marker: the first file that is written into such a directory, and its last one to go.
+
     Raises:
-        TargetError: when entered, if another process holds it.
+        TargetError: when entered, if another process holds it, or it is something else's.
     """
+
+    marker: ClassVar[str]
 
     def __init__(self, root: Path) -> None:
         self.root = root
+
+    @classmethod
+    def stranger(cls, root: Path) -> str | None:
+        """A file in a directory that is not of this kind; None if it is, or empty."""
+        names = sorted(entry.name for entry in root.iterdir())
+        if cls.marker in names:
+            return None
+        return next((name for name in names if not name.startswith(cls.marker)), None)
+
+    @classmethod
+    def delete(cls, root: Path) -> None:
+        """Remove a directory of this kind, if it is there; one of something else stays."""
+        if root.is_dir() and cls.stranger(root) is None:
+            shutil.rmtree(root, ignore_errors=True)
 
     def opened(self) -> None:
         """Called with the lock held: take over or refuse what is there."""
@@ -36,6 +56,12 @@ class LockedFolder:
         self._descriptor = os.open(self.root, os.O_RDONLY)
         try:
             self._lock()
+            stranger = self.stranger(self.root)
+            if stranger is not None:
+                raise TargetError(
+                    f"{self.root} holds {stranger}, which the converter has not written; it works "
+                    "in a directory of that name. Move it, or choose another DST."
+                )
             self.opened()
         except BaseException:
             os.close(self._descriptor)

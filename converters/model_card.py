@@ -1,14 +1,9 @@
 """The README.md of a packed checkpoint: where it came from, how large it is, how to serve it."""
 
-import re
 from collections.abc import Mapping
 
 from converters.fitting import STAGES
-from converters.plan import Plan
-from vllm_bmos.checkpoint.reader import inside
-
-README = "README.md"
-_FRONT_MATTER_BYTES = 64 << 10
+from converters.plan import DISCARDED, Plan
 
 
 def model_card(plan: Plan, perplexities: Mapping[str, float], text_name: str = "") -> str:
@@ -30,12 +25,17 @@ def model_card(plan: Plan, perplexities: Mapping[str, float], text_name: str = "
         "tensors": f"{plan.source_bytes / 1e6:,.1f} MB -> {plan.bytes / 1e6:,.1f} MB",
         "made with": provenance["tool"],
     }
+    discarded = provenance.get(DISCARDED, [])
+    if discarded:
+        rows["without effect"] = f"{', '.join(discarded)}: the loss on held-out text did not fall"
     for name, value in perplexities.items():
         rows[f"perplexity, {name}, on {text_name}"] = f"{value:.2f}"
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
-    warning = f"\n{_WARNING}\n" if provenance["stage"] in STAGES else ""
+    stages = provenance.get("stages") or [provenance["stage"]]
+    kept = stages[: len(stages) - len(discarded)]
+    warning = f"\n{_WARNING}\n" if not kept or kept[-1] in STAGES else ""
     return (
-        f"---\nlicense: {source_license(plan)}\nlibrary_name: vllm\n"
+        f"---\nlicense: {plan.source.license or 'other'}\nlibrary_name: vllm\n"
         "tags:\n- binarymos\n- 1-bit\n---\n\n"
         f"# {provenance['source_name']}, packed for BinaryMoS\n\n"
         "The linear layers of this model are 1-bit signs with token-adaptive scales (BinaryMoS, "
@@ -51,16 +51,3 @@ _WARNING = (
     "**This model was converted from its weights alone and not fitted: its text is garbage. It is "
     "a start for fitting, not a model to use.**"
 )
-
-
-def source_license(plan: Plan) -> str:
-    """The licence that the source's own model card or GGUF metadata names, or "other"."""
-    named = plan.source.license
-    readme = plan.source.files / README
-    if named is None and readme.is_file():
-        with inside(plan.source.files, README).open("rb") as file:
-            head = file.read(_FRONT_MATTER_BYTES).decode(errors="replace")
-        matter = re.match(r"---\s*\n(.*?)\n---", head, re.DOTALL)
-        found = re.search(r"^license:\s*([\w.+-]+)\s*$", matter[1] if matter else "", re.MULTILINE)
-        named = found[1] if found else None
-    return named or "other"

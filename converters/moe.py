@@ -44,8 +44,15 @@ def expert_shapes(
 
     Returns:
         Nothing if the files do not have them as 2-D weights.
+
+    Raises:
+        FormatError: if there are more experts than tensors.
     """
     X, N, H = module.gate_up_proj.shape
+    if X > len(specs) and not any(name.endswith(GATE_UP) for name in specs):
+        raise FormatError(
+            f"config.json asks for {X} experts in a block, but the model has {len(specs)} tensors."
+        )
     for path in paths:
         for names in FFN_EXPERT_NAMES:
             if f"{path}.0.{names[0]}.weight" in specs:

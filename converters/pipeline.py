@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 
+from converters.fitting.folder import FitFolder
 from converters.fitting.threads import one_thread_per_op
 from converters.locked import TargetError
-from converters.model_card import README, model_card
-from converters.plan import Job, Plan
+from converters.model_card import model_card
+from converters.plan import FOUND, ZEROS, Job, Plan
 from converters.progress import Progress
+from converters.side_files import README
 from converters.workspace import Workspace, work_directory
 from vllm_bmos.checkpoint.container import spec_bytes
 from vllm_bmos.checkpoint.format import CONFIG_FILE, SCALES, TORCH_DTYPES
@@ -47,7 +49,7 @@ def convert(plan: Plan, target: Path, *, resume: bool = False, workers: int = 0)
     check_target(plan, target)
     if resume and is_complete(plan, target):
         logger.info("%s is complete already", target)
-        shutil.rmtree(work_directory(target), ignore_errors=True)
+        Workspace.delete(work_directory(target))
         return {}
     with Workspace(target, plan.fingerprint(), resume) as work:
         check_space(plan, work.root)
@@ -60,7 +62,7 @@ def convert(plan: Plan, target: Path, *, resume: bool = False, workers: int = 0)
             writer.close()
         for name, data in plan.side_files.items():
             write_bytes(work.checkpoint / name, data)
-        found = {"zeros_to_plus_one": sum(zeros.values())}
+        found = {ZEROS: sum(zeros.values())}
         write_bytes(work.checkpoint / README, model_card(plan, {}).encode())
         write_json(work.checkpoint / CONFIG_FILE, plan.model_config(found))
         progress = Progress("verify", plan.bytes)
@@ -75,6 +77,12 @@ def check_target(plan: Plan, target: Path) -> None:
     source = plan.source.path.resolve()
     if target.resolve() == source or source in target.resolve().parents:
         raise TargetError(f"{target} lies inside the source {source}. Choose another DST.")
+    for folder in (work_directory(target), FitFolder.path(target)):
+        if folder.resolve() in (source, *source.parents):
+            raise TargetError(
+                f"The source {source} lies in {folder}, where the converter works. Choose another "
+                "DST."
+            )
 
 
 def is_complete(plan: Plan, target: Path) -> bool:
@@ -82,7 +90,8 @@ def is_complete(plan: Plan, target: Path) -> bool:
     if not (target / CONFIG_FILE).is_file():
         return False
     found = Checkpoint(target)
-    provenance = {"zeros_to_plus_one": found.config.provenance.get("zeros_to_plus_one")}
+    before = found.config.provenance
+    provenance = {name: before[name] for name in FOUND if name in before}
     return found.model_config == plan.model_config(provenance) and found.specs == plan.specs
 
 

@@ -3,13 +3,13 @@
 import hashlib
 import json
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import vllm_bmos
 from converters.options import Options
-from converters.side_files import side_files
+from converters.side_files import side_files, source_license
 from converters.sources import Source, open_source
 from vllm_bmos.checkpoint.container import spec_bytes
 from vllm_bmos.checkpoint.format import (
@@ -24,6 +24,9 @@ from vllm_bmos.checkpoint.format import (
 )
 
 REPACK = "repack"  # the stage of a source whose layers are binary already
+# What the run finds for the provenance: zeros of the weights, stages whose training did not help,
+# and processes that trained together.
+FOUND = ZEROS, DISCARDED, PROCESSES = "zeros_to_plus_one", "discarded", "processes"
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,11 @@ class Plan:
         """Data of all tensors of the source."""
         return sum(job.source_bytes for job in self.jobs)
 
+    def with_provenance(self, facts: dict[str, Any]) -> "Plan":
+        """This plan, with more in its provenance."""
+        provenance = {**self.config.provenance, **facts}
+        return replace(self, config=replace(self.config, provenance=provenance))
+
     def model_config(self, provenance: dict[str, Any]) -> dict[str, Any]:
         """config.json of the result, with what converting added to the provenance."""
         quantization = self.config.to_dict()
@@ -115,6 +123,7 @@ def make_plan(path: Path, options: Options) -> Plan:
             "stage": source.stage or REPACK,
         },
     )
+    source.license = source_license(source)
     jobs = sorted(_jobs(source), key=lambda job: _natural(job.name))
     plan = Plan(source, options, jobs, config, side_files(source))
     specs = plan.specs
@@ -124,7 +133,13 @@ def make_plan(path: Path, options: Options) -> Plan:
         if owner_of(name) is not None:
             raise FormatError(f"{name}: the source's name clashes with the packed format.")
     try:
-        json.dumps(source.config, allow_nan=False)
+        texts = [source.config, config.to_dict(), list(specs)]
+        json.dumps(texts, allow_nan=False, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise FormatError(
+            f"{path}: its name, config or a tensor's name holds {error.object[error.start]!a}, "
+            "which UTF-8 does not have. Rename it."
+        ) from None
     except ValueError:
         raise FormatError(f"{path / CONFIG_FILE} holds NaN or infinity. Correct it.") from None
     return plan

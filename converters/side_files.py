@@ -1,6 +1,7 @@
 """The small files that travel with a model: tokenizer, template, generation config, licence."""
 
 import logging
+import re
 import tempfile
 from fnmatch import fnmatch
 from pathlib import Path
@@ -13,6 +14,8 @@ from vllm_bmos.checkpoint.reader import inside
 logger = logging.getLogger(__name__)
 
 TOKENIZER_JSON = "tokenizer.json"
+README = "README.md"
+FRONT_MATTER_BYTES = 64 << 10
 PATTERNS = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -52,6 +55,21 @@ def side_files(source: Source) -> dict[str, bytes]:
     if not any(name.startswith(("tokenizer", "vocab")) for name in files):
         logger.warning("%s has no tokenizer: add one before serving text.", source.files)
     return files
+
+
+def source_license(source: Source) -> str | None:
+    """The licence that the source's own metadata or model card names.
+
+    Raises:
+        FormatError: if its README.md is a link out of the source.
+    """
+    if source.license is not None or not (source.files / README).is_file():
+        return source.license
+    with inside(source.files, README).open("rb") as file:
+        head = file.read(FRONT_MATTER_BYTES).decode(errors="replace")
+    matter = re.match(r"---\s*\n(.*?)\n---", head, re.DOTALL)
+    found = re.search(r"^license:\s*([\w.+-]+)\s*$", matter[1] if matter else "", re.MULTILINE)
+    return found[1] if found else None
 
 
 def _build_tokenizer_json(folder: Path) -> dict[str, bytes]:

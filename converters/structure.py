@@ -1,7 +1,7 @@
 """Which layers of a model are quantized: the linear layers inside its decoder blocks."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 import torch
@@ -17,6 +17,11 @@ ROUTING = re.compile(r"\.(gate|router|router\.proj|shared_expert_gate|altup\.\w+
 # What Mixtral's files call the block that transformers calls mlp.
 MOE_BLOCKS = (".mlp.", ".block_sparse_moe.")
 FLOAT_TAG = "__float__"
+# What families call their number of blocks.
+BLOCK_COUNTS = (
+    *("num_hidden_layers", "num_layers", "n_layer", "n_layers"),
+    *("encoder_layers", "decoder_layers"),
+)
 
 
 def decoder_linears(
@@ -42,12 +47,18 @@ def decoder_linears(
     decoder = set(model.get_decoder().modules())  # leaves the vision tower of a larger model out
     found: dict[str, tuple[int, int]] = {}
     prefix = model.base_model_prefix
+    stored = {name.removesuffix(".weight") for name in specs if name.endswith(".weight")}
     for name, module in model.named_modules():
         if module not in decoder or not IN_BLOCK.search(name) or ROUTING.search(name):
             continue
         if isinstance(module, torch.nn.Linear):
-            on_disk = _name_on_disk(name, prefix, specs)
-            found[on_disk] = module.out_features, module.in_features
+            disk = name_on_disk(name, prefix, stored)
+            if disk is None:
+                raise FormatError(
+                    f"{name}.weight is missing: config.json asks for it. The source is incomplete, "
+                    "or config.json belongs to another model; download it again."
+                )
+            found[disk] = module.out_features, module.in_features
         elif is_experts(module):
             paths = [
                 path.replace(MOE_BLOCKS[0], block)
@@ -65,12 +76,13 @@ def decoder_linears(
     return found
 
 
-def meta_model(model_config: Mapping[str, Any], tensors: int) -> Any:
+def meta_model(model_config: Mapping[str, Any], tensors: int, buffers: bool = False) -> Any:
     """The transformers model of a config, without weights.
 
     Args:
         model_config: config.json.
         tensors: number of tensors in the source; no model has more blocks than that.
+        buffers: whether buffers are real; the model is float32 then, whatever the config says.
 
     Raises:
         FormatError: if transformers cannot build it.
@@ -84,15 +96,16 @@ def meta_model(model_config: Mapping[str, Any], tensors: int) -> Any:
             f"config.json: model_type: transformers does not know {model_type!r}. Upgrade "
             "transformers; models that bring their own code are not supported."
         )
-    layers = model_config.get("num_hidden_layers", 0)
-    if not isinstance(layers, int) or layers > tensors:
-        raise FormatError(
-            f"config.json: num_hidden_layers is {layers!r}, but the model has {tensors} tensors."
-        )
+    _check_counts(model_config, tensors)
     given = {key: v for key, v in model_config.items() if key != "quantization_config"}
     try:
         values = _plain_floats(given)
         config = CONFIG_MAPPING[model_type].from_dict(values)
+        if buffers:
+            from accelerate import init_empty_weights  # type: ignore[import-untyped]
+
+            with init_empty_weights(include_buffers=False):
+                return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config)
     except Exception as error:  # whatever transformers makes of a malformed config
@@ -100,6 +113,17 @@ def meta_model(model_config: Mapping[str, Any], tensors: int) -> Any:
             f"config.json: transformers cannot build this {model_type} model "
             f"({type(error).__name__}: {error})."
         ) from None
+
+
+def _check_counts(config: Mapping[str, Any], tensors: int) -> None:
+    """Raise FormatError if a config, or one inside it, asks for more blocks than tensors."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            _check_counts(value, tensors)
+        elif key in BLOCK_COUNTS and not (isinstance(value, int) and value <= tensors):
+            raise FormatError(
+                f"config.json: {key} is {value!r}, but the model has {tensors} tensors."
+            )
 
 
 def _plain_floats(value: Any) -> Any:
@@ -111,13 +135,13 @@ def _plain_floats(value: Any) -> Any:
     return [_plain_floats(inner) for inner in value] if isinstance(value, list) else value
 
 
-def _name_on_disk(name: str, prefix: str, specs: Mapping[str, TensorSpec]) -> str:
-    """Some checkpoints were saved from the base model and lack its prefix."""
-    short = name.removeprefix(f"{prefix}.")
-    for candidate in (name, short):
-        if f"{candidate}.weight" in specs:
-            return candidate
-    raise FormatError(
-        f"{name}.weight is missing: config.json asks for it. The source is incomplete, or "
-        "config.json belongs to another model; download it again."
-    )
+def name_on_disk(module: str, prefix: str, stored: Container[str]) -> str | None:
+    """What the files call a module: some were saved from the base model and lack its prefix.
+
+    Args:
+        module: its name in the model.
+        prefix: the model's `base_model_prefix`.
+        stored: the files' names of modules.
+    """
+    short = module.removeprefix(f"{prefix}.")
+    return next((name for name in (module, short) if name in stored), None)

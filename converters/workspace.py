@@ -9,7 +9,6 @@ the bytes on the disk still have these sums, so no crash at any moment can leave
 
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,15 @@ from typing_extensions import override
 
 from converters.locked import LockedFolder, TargetError
 from vllm_bmos.checkpoint.format import FormatError
+from vllm_bmos.checkpoint.writer import write_bytes
 
 
 def work_directory(target: Path) -> Path:
     """DST.partial."""
     return target.with_name(target.name + ".partial")
+
+
+JOURNAL = "journal.jsonl"
 
 
 class Workspace(LockedFolder):
@@ -41,6 +44,8 @@ class Workspace(LockedFolder):
             this same conversion.
     """
 
+    marker = JOURNAL
+
     def __init__(self, target: Path, fingerprint: str, resume: bool) -> None:
         check_free(target)
         super().__init__(work_directory(target))
@@ -48,23 +53,24 @@ class Workspace(LockedFolder):
         self.checkpoint = self.root / "checkpoint"
         self.finished: dict[str, dict[str, Any]] = {}
         self._fingerprint, self._resume = fingerprint, resume
-        self._journal_file = self.root / "journal.jsonl"
+        self._journal_file = self.root / JOURNAL
 
     @override
     def opened(self) -> None:
         if any(self.root.iterdir()):
             self._continue(self._fingerprint, self._resume)
-        self.checkpoint.mkdir(exist_ok=True)
         lines = [{"fingerprint": self._fingerprint}, *self.finished.values()]
-        self._journal_file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        write_bytes(self._journal_file, text.encode())
         self._journal = self._journal_file.open("a")
+        self.checkpoint.mkdir(exist_ok=True)
 
     @override
     def closing(self, error: BaseException | None) -> None:
         """What is worth nothing to a resumed run does not stay behind."""
         self._journal.close()
         if isinstance(error, FormatError) or not self.finished:
-            shutil.rmtree(self.root, ignore_errors=True)
+            self.delete(self.root)
 
     def _continue(self, fingerprint: str, resume: bool) -> None:
         if not resume:
@@ -97,6 +103,11 @@ class Workspace(LockedFolder):
 
 def check_free(target: Path) -> None:
     """Raise TargetError unless `target` does not exist or is an empty directory."""
+    if target.is_symlink() or os.path.ismount(target):
+        raise TargetError(
+            f"{target} is a {'link' if target.is_symlink() else 'mount point'}, which the result "
+            "cannot replace. Name a directory inside it."
+        )
     if os.path.lexists(target) and not (target.is_dir() and not any(target.iterdir())):
         raise TargetError(f"{target} exists already. Delete it or choose another name.")
 

@@ -260,9 +260,12 @@ def write_packed(
     (path / "bmos_manifest.json").write_text(json.dumps({"format_version": 1, "tensors": manifest}))
 
 
-def add_tokenizer(path: Path) -> None:
-    """A byte-level tokenizer with a chat template, as small as one can be."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+def add_tokenizer(path: Path, begins: bool = False) -> None:
+    """A byte-level tokenizer with a chat template, as small as one can be.
+
+    It begins every text with BOS if `begins`.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     special = ["<pad>", "<s>", "</s>"]
@@ -271,6 +274,10 @@ def add_tokenizer(path: Path) -> None:
     tokenizer = Tokenizer(models.BPE(vocabulary, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
+    if begins:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", vocabulary["<s>"])]
+        )
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
     )

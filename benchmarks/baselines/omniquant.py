@@ -15,6 +15,7 @@ from torch import nn
 
 from baselines.sequential import BITS, PUBLISHED, write_dense
 from baselines.uniform import stored_bits
+from converters.fitting.distill import module_names
 from converters.sources import Source
 
 CODE_BITS, GROUP = 2, 128
@@ -40,8 +41,10 @@ def quantize_model(
     from auto_round import AutoRound
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    model = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)
+    names = module_names(model, source)
     rounding = AutoRound(
-        AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32),
+        model,
         AutoTokenizer.from_pretrained(dense),
         bits=CODE_BITS,
         group_size=GROUP,
@@ -55,12 +58,11 @@ def quantize_model(
         enable_torch_compile=False,
     )
     model, _ = rounding.quantize()
-    layers = {name: module for name, module in model.named_modules() if name in source.modules}
     weights = {}
-    for name in source.modules:
-        layer = layers[name]
+    for disk, name in names.items():
+        layer = model.get_submodule(name)
         assert isinstance(layer, nn.Linear)
-        weights[f"{name}.weight"] = layer.weight.detach().float()
+        weights[f"{disk}.weight"] = layer.weight.detach().float()
     write_dense(source, [weights], target)
     total = sum(N * K for N, K in source.modules.values())
     shapes = source.modules.values()

@@ -9,7 +9,6 @@ Memory: one block, the embeddings and the hidden states. A finished block surviv
 import json
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from baselines.quantized import Quantized
-from converters.fitting.blocks import BlockModel, Kwargs, run_block
+from converters.fitting.blocks import BlockModel, Kwargs, advance
 from converters.fitting.folder import FitFolder
 from converters.fitting.observe import Group, find_groups, look
 from converters.fitting.precision import bfloat16_products
@@ -91,7 +90,7 @@ def _quantize_blocks(
             for name, disk in names.items():
                 _set(block, name, tensors[f"{disk}.weight"])
             pieces.append(piece)
-            _for_each(pool, hidden, partial(_advance, block, kwargs))
+            advance(block, hidden, kwargs, pool, BATCH)
             logger.info("block %d of %d", index + 1, len(calls))
     return pieces
 
@@ -126,24 +125,17 @@ def second_moment(
 ) -> torch.Tensor:
     """X^T X [K, K] of the inputs that a group of layers shares."""
 
+    @torch.inference_mode()
     def one(part: torch.Tensor) -> torch.Tensor:
         X, _ = look(block, group, [], part, kwargs)
         return X.T @ X
 
-    return torch.stack(_for_each(pool, hidden, one)).sum(dim=0)
-
-
-def _advance(block: nn.Module, kwargs: Kwargs, hidden: torch.Tensor) -> torch.Tensor:
-    """Replace hidden states by the block's outputs, in place."""
-    return hidden.copy_(run_block(block, hidden, kwargs))
-
-
-def _for_each(
-    pool: ThreadPoolExecutor, hidden: torch.Tensor, call: Callable[[torch.Tensor], torch.Tensor]
-) -> list[torch.Tensor]:
-    """Call for every batch of windows, side by side; results come in order."""
+    K = _weight(block, group.names[0]).shape[1]
+    total = torch.zeros(K, K)
     with bfloat16_products():
-        return list(pool.map(torch.inference_mode()(call), hidden.split(BATCH)))
+        for H in pool.map(one, hidden.split(BATCH)):  # in order, so that bytes do not vary
+            total += H
+    return total
 
 
 def _weight(block: nn.Module, name: str) -> torch.Tensor:

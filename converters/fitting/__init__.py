@@ -5,12 +5,13 @@ them, and each but `hessian` starts from the result of the one that it names in 
 from any packed checkpoint.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
 
 from converters.fitting import svid
+from converters.moe import IN_EXPERTS
 from vllm_bmos.checkpoint.format import FFN_EXPERT, FormatError
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ FITTED_STAGES: dict[str, str | None] = {
     "qat": "hessian",
     "experts": "qat",
 }
+BY_BLOCK = {"hessian", "block"}  # a decoder block is loaded at a time
 
 
 def stages_up_to(stage: str) -> Iterator[str]:
@@ -37,16 +39,21 @@ def stages_up_to(stage: str) -> Iterator[str]:
     yield stage
 
 
-def check_fittable(plan: "Plan", stage: str) -> None:
-    """Raise FormatError unless a fitted stage can fit all that is to be packed."""
-    if plan.source.stage is None:
+def check_fittable(plan: "Plan", stages: Iterable[str]) -> None:
+    """Raise FormatError unless fitted stages can fit all that is to be packed."""
+    stages = list(stages)
+    source, last = plan.source, stages[-1]
+    if source.stage is None:
         raise FormatError(
-            f"--stage {stage}: {plan.source.path} is binary already; only a dense model can "
-            "be fitted. Leave --stage out."
+            f"--stage {last}: {source.path} is binary already; only a dense model can be fitted. "
+            "Leave --stage out."
         )
-    experts = [name for name in plan.source.modules if FFN_EXPERT.fullmatch(name)]
+    by_block = BY_BLOCK.intersection(stages)
+    experts = [name for name in source.modules if FFN_EXPERT.fullmatch(name)]
+    experts += [name for name in source.store.specs if by_block and IN_EXPERTS.search(name)]
     if experts:
         raise FormatError(
-            f"{experts[0]}: --stage {stage} cannot fit the experts of a mixture-of-experts "
-            r"model. Use --stage svid, or keep them dense with --ignore '\.experts'."
+            f"{experts[0]}: --stage {min(by_block, default=last)} cannot fit a mixture of experts. "
+            r"Use --stage svid; with --ignore '\.experts' its result can be the --start-from of "
+            "kd-scales, qat and experts, which then fit the other layers, with the same --ignore."
         )

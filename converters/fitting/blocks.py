@@ -1,21 +1,24 @@
 """A dense model whose decoder blocks are in memory one at a time.
 
-The model is built on the meta device. Only what lies outside the blocks is loaded at once; a block
-is loaded when it is asked for. One pass through stand-ins tells what every block is called with
-(masks, rotary embeddings), so no architecture's forward code is repeated here.
+The model is built on the meta device. Only what lies before and behind the blocks is loaded at
+once, and the head never; a block is loaded when it is asked for. One pass through stand-ins tells
+what every block is called with (masks, rotary embeddings), so no architecture's forward code is
+repeated here.
 """
 
 import copy
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
+from converters.fitting.precision import bfloat16_products
 from converters.sources import Source
-from converters.structure import IN_BLOCK
+from converters.structure import IN_BLOCK, meta_model, name_on_disk
 from vllm_bmos.checkpoint.format import FormatError
 
 Kwargs = dict[str, Any]
@@ -35,14 +38,16 @@ class BlockModel:
 
     def __init__(self, source: Source, dtype: torch.dtype = torch.float32) -> None:
         self.source, self.dtype = source, dtype
-        self.model = meta_model_with_buffers(source.config)
+        self.model = meta_model(source.config, len(source.store.specs), buffers=True).eval()
+        self.model.tie_weights()  # so that a tied head is not looked for in the source
         self._disk = disk_names(self.model, source)
         self.names = block_names(self.model, self._disk, source)
+        decoder = self.model.get_decoder()  # no stage by blocks uses the head: it stays unloaded
+        (prefix,) = (name for name, module in self.model.named_modules() if module is decoder)
         inside = tuple(f"{name}." for name in self.names)
         for name in self._parameters(self.model):
-            if not name.startswith(inside):
+            if name.startswith(f"{prefix}." * bool(prefix)) and not name.startswith(inside):
                 self._load(self.model, "", name)
-        self.model.tie_weights()
         self.linears = [
             {
                 name.removeprefix(f"{block}."): disk
@@ -133,19 +138,20 @@ def run_block(block: nn.Module, hidden: torch.Tensor, kwargs: Kwargs) -> torch.T
     return output[0] if isinstance(output, tuple) else output
 
 
-def meta_model_with_buffers(config: dict[str, Any]) -> Any:
-    """The transformers model of a config: parameters on the meta device, buffers real."""
-    from accelerate import init_empty_weights  # type: ignore[import-untyped]
-    from transformers import AutoModelForCausalLM
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+def advance(
+    block: nn.Module, hidden: torch.Tensor, kwargs: Kwargs, pool: ThreadPoolExecutor, batch: int
+) -> None:
+    """Replace hidden states [windows, T, hidden] by the block's outputs, in place.
 
-    values = {key: value for key, value in config.items() if key != "dtype"}
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(
-            CONFIG_MAPPING[config["model_type"]].from_dict(values), dtype=torch.float32
-        )
-    model.tie_weights()  # so that a tied head is not looked for in the source
-    return model.eval()
+    Each thread takes `batch` windows at a time.
+    """
+
+    @torch.inference_mode()
+    def one(part: torch.Tensor) -> None:
+        part.copy_(run_block(block, part, kwargs))
+
+    with bfloat16_products():
+        list(pool.map(one, hidden.split(batch)))
 
 
 def disk_names(model: Any, source: Source) -> dict[str, str]:
@@ -154,10 +160,10 @@ def disk_names(model: Any, source: Source) -> dict[str, str]:
     found = {}
     for name, _ in model.named_parameters():
         module = name.rpartition(".")[0]
-        short = module.removeprefix(f"{model.base_model_prefix}.")
-        if module not in stored and short not in stored:
+        disk = name_on_disk(module, model.base_model_prefix, stored)
+        if disk is None:
             raise FormatError(f"{name} is missing. The source is incomplete; download it again.")
-        found[module] = module if module in stored else short
+        found[module] = disk
     return found
 
 

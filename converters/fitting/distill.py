@@ -10,6 +10,7 @@ was trained is kept only if the loss on held-out text fell.
 
 import json
 import logging
+import math
 import shutil
 import time
 from collections import deque
@@ -19,7 +20,7 @@ from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Sampler, SequentialSampler
 
 from converters.fitting.attention import use_fast_attention
 from converters.fitting.distributed import device, has_gpu, is_main, wait_for_all
@@ -31,6 +32,7 @@ from converters.fitting.memory import keep_freed_memory
 from converters.fitting.precision import model_dtype
 from converters.fitting.student import make_student, set_router_units, trainable_layers
 from converters.sources import Source
+from converters.structure import name_on_disk
 from vllm_bmos.checkpoint.format import WEIGHT, FormatError
 
 logger = logging.getLogger(__name__)
@@ -78,19 +80,46 @@ def latent_rate(steps: int) -> float:
     return min(0.1, 1.2 / steps**0.5)
 
 
-class Windows(Dataset[dict[str, torch.Tensor]]):
-    """Windows of tokens [windows, T] as the Trainer wants them."""
+def tokens_of(options: DistillOptions, length: int, processes: int) -> int:
+    """On how many tokens whole steps train: up to `options.tokens`, in windows of `length`.
 
-    def __init__(self, tokens: torch.Tensor) -> None:
-        self.tokens = tokens
+    Raises:
+        FormatError: if those are not enough for one step.
+    """
+    step = options.batch * length * processes
+    if options.tokens < step:
+        raise FormatError(
+            f"--tokens {options.tokens}: one step takes {step}, {options.batch} windows of "
+            f"{length} for each of {processes} processes. Give more, or a smaller --batch."
+        )
+    return options.tokens // step * step
+
+
+class Windows(Dataset[dict[str, torch.Tensor]]):
+    """Windows of text in the order in which they are trained on.
+
+    One epoch for the Trainer, however often the text is repeated: of a run with several epochs and
+    processes, it does not find the place again. And every step is full.
+
+    Args:
+        tokens: the text [windows, T].
+        count: how many windows are trained on; each pass over the text has an order of its own.
+        seed: of these orders.
+    """
+
+    def __init__(self, tokens: torch.Tensor, count: int, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        passes = range(math.ceil(count / len(tokens)))
+        orders = [torch.randperm(len(tokens), generator=generator) for _ in passes]
+        self.tokens, self.order = tokens, torch.cat(orders)[:count]
 
     def __len__(self) -> int:
         """Windows."""
-        return len(self.tokens)
+        return len(self.order)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        """One window."""
-        return {"input_ids": self.tokens[index]}
+        """One window, as the Trainer wants it."""
+        return {"input_ids": self.tokens[self.order[index]]}
 
 
 def load_dense(source: Source, dtype: torch.dtype, use_cache: bool) -> Any:
@@ -176,6 +205,7 @@ def fit(
         split_start = {
             f"{disk}.{suffix}": t for disk, n in names.items() for suffix, t in apart[n].items()
         }
+        del student  # before there is another
         student = load_student(source, split_start)
     set_router_units(student, train[:1].to(device()))
     if options.compile:
@@ -282,7 +312,7 @@ def _trainer(
     seed: int,
     train_signs: bool,
 ) -> Any:
-    from transformers import Trainer, TrainerCallback, TrainingArguments
+    from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -304,9 +334,10 @@ def _trainer(
         ddp_find_unused_parameters=False,  # all that is trained is used in every step
     )
     arguments._n_gpu = 1  # each process has one; several take torchrun, not threads of one process
-    length = train.shape[1]
-    steps = max(1, options.tokens // (options.batch * length * arguments.world_size))
-    arguments.max_steps, arguments.warmup_steps = steps, max(1, steps // 10)
+    length, processes = train.shape[1], arguments.world_size
+    windows = tokens_of(options, length, processes) // length
+    steps = windows // (options.batch * processes)
+    arguments.max_steps, arguments.warmup_steps = steps, steps // 10
     latent_lr = latent_rate(steps) if options.latent_lr is None else options.latent_lr
     layers = list(trainable_layers(student).values())
     for layer in layers:
@@ -315,6 +346,9 @@ def _trainer(
     losses: deque[torch.Tensor] = deque(maxlen=LOG_STEPS)
 
     class Distiller(Trainer):  # type: ignore[misc,unused-ignore]
+        def _get_train_sampler(self, *_: Any) -> Sampler[int]:
+            return SequentialSampler(self.train_dataset)
+
         def create_optimizer(self, *_: Any, **__: Any) -> torch.optim.Optimizer:
             latents = [layer.latent for layer in layers if train_signs]
             others = [p for layer in layers for p in (layer.factor_in, layer.factor_out)]
@@ -355,9 +389,10 @@ def _trainer(
     trainer = Distiller(
         model=student,
         args=arguments,
-        train_dataset=Windows(train),
+        train_dataset=Windows(train, windows, seed),
         callbacks=[Progress()] if is_main() else [],
     )
+    trainer.remove_callback(PrinterCallback)  # it prints to stdout, which is for the report
     if options.fsdp and not trainer.is_fsdp_enabled:
         raise FormatError("--fsdp: accelerate has no FSDP for this device. Leave it out.")
     return trainer
@@ -367,8 +402,7 @@ def module_names(model: Any, source: Source) -> dict[str, str]:
     """Name on disk -> name in the model, of every packed layer."""
     found = {}
     for name, _ in model.named_modules():
-        short = name.removeprefix(f"{model.base_model_prefix}.")
-        for candidate in (name, short):
-            if candidate in source.modules:
-                found[candidate] = name
+        disk = name_on_disk(name, model.base_model_prefix, source.modules)
+        if disk is not None:
+            found[disk] = name
     return found

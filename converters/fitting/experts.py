@@ -118,7 +118,8 @@ def split(student: Any, tokens: torch.Tensor, E: int, seed: int) -> dict[str, Te
     ]
     with torch.no_grad():
         windows = tokens[: math.ceil(TOKENS / tokens.shape[1])]
-        student(windows.to(next(student.parameters()).device))
+        # Without the head: nobody reads logits, which would be tokens x vocabulary.
+        student.get_decoder()(windows.to(next(student.parameters()).device), use_cache=False)
     for handle in handles:
         handle.remove()
     mean = sum(entropy) / len(entropy)
@@ -147,16 +148,20 @@ def merge_where_useless(student: Any, loss: Callable[[], float]) -> int:
         blocks.setdefault(name[: match.end()] if match else name, []).append(layer)
     best, kept = loss(), 0
     for layers in blocks.values():
-        factors = [p for layer in layers for p in (layer.factor_in, layer.factor_out)]
-        before = [p.clone() for p in factors]
-        for p in factors:
-            p.copy_(p.mean(dim=0, keepdim=True).expand_as(p))
+        tensors = [
+            t
+            for layer in layers
+            for t in (layer.start_in, layer.factor_in, layer.start_out, layer.factor_out)
+        ]
+        before = [t.clone() for t in tensors]
+        for layer in layers:
+            layer.merge_experts()
         merged = loss()
         if merged <= best:
             best = merged
             continue
         kept += 1
-        for p, value in zip(factors, before, strict=True):
-            p.copy_(value)
+        for t, value in zip(tensors, before, strict=True):
+            t.copy_(value)
     logger.info("experts: %d of %d blocks keep theirs; held-out KL %.4f", kept, len(blocks), best)
     return kept

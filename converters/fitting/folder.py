@@ -6,7 +6,6 @@ DST.fit/<stage>/<piece>.safetensors    appears whole, by a rename, when the piec
 
 import hashlib
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,8 @@ class FitFolder(LockedFolder):
     Raises:
         TargetError: if another process works on it, or what was interrupted was another fit.
     """
+
+    marker = FINGERPRINT
 
     def __init__(self, target: Path, facts: dict[str, Any], resume: bool) -> None:
         super().__init__(self.path(target))
@@ -79,8 +80,3 @@ class FitFolder(LockedFolder):
     def path(target: Path) -> Path:
         """DST.fit."""
         return target.with_name(target.name + ".fit")
-
-    @staticmethod
-    def delete(root: Path) -> None:
-        """Remove everything: the result has been published."""
-        shutil.rmtree(root)

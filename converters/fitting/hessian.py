@@ -23,7 +23,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from converters.fitting.blocks import BlockModel, Kwargs, run_block
+from converters.fitting.blocks import BlockModel, Kwargs, advance
 from converters.fitting.folder import FitFolder
 from converters.fitting.layer import (
     Fitted,
@@ -129,8 +129,8 @@ def fit(
                 for name, disk in model.linears[index].items():
                     _replace(here.student, name, layer_of(tensors, disk))
             result |= tensors
-            _advance(here.teacher, dense, kwargs, pool, options.batch)
-            _advance(here.student, hidden, kwargs, pool, options.batch)
+            advance(here.teacher, dense, kwargs, pool, options.batch)
+            advance(here.student, hidden, kwargs, pool, options.batch)
             left = (time.monotonic() - began) / (index + 1) * (len(calls) - index - 1)
             logger.info(
                 "hessian: block %d of %d, hidden-state error %.3f, about %.0f s left",
@@ -211,18 +211,6 @@ def token_weights(stream: torch.Tensor) -> torch.Tensor:
 
 def _replace(student: nn.Module, name: str, packed: Tensors) -> None:
     _linear(student, name).weight = nn.Parameter(dense_weight(packed), requires_grad=False)
-
-
-def _advance(
-    block: nn.Module, hidden: torch.Tensor, kwargs: Kwargs, pool: ThreadPoolExecutor, batch: int
-) -> None:
-    """Replace hidden states by the block's outputs, in place."""
-
-    def one(part: torch.Tensor) -> None:
-        part.copy_(run_block(block, part, kwargs))
-
-    with bfloat16_products():
-        list(pool.map(_quiet(one), hidden.split(batch)))
 
 
 def token_error(dense: torch.Tensor, hidden: torch.Tensor) -> float:

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from converters.calibration import Calibration, load_texts, sample
-from converters.fitting import block, check_fittable, distill, hessian, stages_up_to
+from converters.calibration import Calibration, cut, load_texts, sample
+from converters.fitting import BY_BLOCK, block, check_fittable, distill, hessian, stages_up_to
 from converters.fitting.block import BlockOptions
 from converters.fitting.blocks import BlockModel
-from converters.fitting.distill import DistillOptions
+from converters.fitting.distill import DistillOptions, tokens_of
 from converters.fitting.distributed import is_main, wait_for_all, world_size
 from converters.fitting.experts import with_experts
 from converters.fitting.folder import FitFolder
@@ -22,7 +22,7 @@ from converters.fitting.hessian import HessianOptions
 from converters.fitting.self_text import PREFIX as SELF
 from converters.fitting.self_text import self_text
 from converters.pipeline import check_target, is_complete
-from converters.plan import Plan
+from converters.plan import DISCARDED, FOUND, PROCESSES, Plan
 from converters.sources import Source
 from converters.sources.fitted import FittedSource
 from converters.workspace import check_free
@@ -83,26 +83,29 @@ class Fit:
     """
 
     def __init__(self, plan: Plan, stage: str, options: FitOptions) -> None:
-        check_fittable(plan, stage)
+        stages = list(stages_up_to(stage)) if options.start_from is None else [stage]
+        check_fittable(plan, stages)
         self.stage, self.options = stage, options
         self.source = FittedSource(plan.source, stage)
-        self.stages = list(stages_up_to(stage))
+        self.stages = stages
         facts: dict[str, Any] = {}
         if options.start_from is not None:
             start = Checkpoint(options.start_from)
             self.source.tensors = _tensors_of(start, self.source)
-            self.stages = [stage]
             facts["start_from"] = _record(start)
         if not is_main():
             wait_for_all()  # what the first process downloads or generates is then there
         self.text = self._sample(plan)
         if is_main():
             wait_for_all()
-        trained = options.distill.tokens * len(set(DISTILLED) & set(self.stages))
+        trainings = len(set(DISTILLED) & set(self.stages))
+        trained = 0
+        if trainings:  # a step has windows of every process
+            length, facts[PROCESSES] = self._training_windows().shape[1], world_size()
+            trained = trainings * tokens_of(options.distill, length, world_size())
         before = facts.get("start_from", {"stages": [], "trained_tokens": 0})
         used = {"distill" if name in DISTILLED else name for name in self.stages}
         provenance = {
-            **plan.config.provenance,
             **facts,
             "stage": stage,
             "stages": [*before["stages"], *self.stages],
@@ -110,9 +113,7 @@ class Fit:
             "calibration": self.text.record,
             "fit": {name: asdict(getattr(options, name)) for name in sorted(used)},
         }
-        self.plan = replace(
-            plan, source=self.source, config=replace(plan.config, provenance=provenance)
-        )
+        self.plan = replace(plan, source=self.source).with_provenance(provenance)
 
     def _sample(self, plan: Plan) -> Calibration:
         tokenizer = tokenizer_of(plan)
@@ -125,7 +126,7 @@ class Fit:
         if set(DISTILLED) & set(self.stages):
             windows = max(windows, options.distill.tokens // options.length)
         text = sample(texts, tokenizer, windows, options.held_out, options.length, options.seed)
-        if windows > options.windows and {hessian.STAGE, block.STAGE} & set(self.stages):
+        if windows > options.windows and BY_BLOCK & set(self.stages):
             text.record["windows_by_block"] = min(options.windows, len(text.train))
         return text
 
@@ -146,19 +147,26 @@ class Fit:
         target = target.absolute()
         check_target(self.plan, target)
         if resume and is_complete(self.plan, target):
+            before = Checkpoint(target).config.provenance
+            self.plan = self.plan.with_provenance({n: before[n] for n in FOUND if n in before})
             return
         if is_main():
             check_free(target)
-        facts: dict[str, Any] = {
+        facts = {
             "plan": self.plan.fingerprint(),
             "torch": torch.__version__,
+            "provenance": self.plan.config.provenance,  # in the plan, but there for people to read
         }
-        if set(DISTILLED) & set(self.stages):  # a step has windows of every process
-            facts["processes"] = world_size()
         folder = FitFolder(target, facts, resume)
+        discarded = list(self.plan.config.provenance.get("start_from", {}).get(DISCARDED, []))
         with folder if is_main() else nullcontext(folder):  # other processes only read
             for stage in self.stages:
+                start = self.source.tensors
                 self._run_stage(stage, folder, threads)
+                if stage in DISTILLED and _equal(start, self.source.tensors):
+                    discarded.append(stage)
+        if discarded:
+            self.plan = self.plan.with_provenance({DISCARDED: discarded})
         E = self.source.experts
         self.source.tensors = with_experts(self.source.tensors, self.source.modules, E)
 
@@ -198,28 +206,31 @@ class Fit:
 
     def _distill(self, stage: str, folder: FitFolder, threads: int) -> Tensors:
         """Run a stage that trains end to end, together with the other processes."""
-        options = self.options.distill
-        train = self.text.train
-        length = min(options.length, train.shape[1])
-        pieces = train[:, : train.shape[1] // length * length].reshape(-1, length)
         return distill.fit(
             self.source.dense,
             self.source.tensors,
-            pieces,
+            self._training_windows(),
             self.text.held_out,
             folder.directory(stage),
-            options,
+            self.options.distill,
             stage,
             self.source.experts,
             self.options.seed,
             threads,
         )
 
+    def _training_windows(self) -> torch.Tensor:
+        """The windows for training end to end, which may be shorter."""
+        length = min(self.options.distill.length, self.text.train.shape[1])
+        return cut(self.text.train, length, self.text.bos)
+
     def finish(self, target: Path) -> None:
         """Delete DST.fit: the checkpoint that was made of it is complete."""
-        root = FitFolder.path(target.absolute())
-        if root.exists():
-            FitFolder.delete(root)
+        FitFolder.delete(FitFolder.path(target.absolute()))
+
+
+def _equal(one: Tensors, other: Tensors) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 def tokenizer_of(plan: Plan) -> Any:
@@ -267,10 +278,12 @@ def _tensors_of(start: Checkpoint, source: Source) -> Tensors:
 def _record(start: Checkpoint) -> dict[str, Any]:
     """What the provenance says of the checkpoint that a fit started from."""
     data = (start.path / MANIFEST_FILE).read_bytes()
-    stages = start.config.provenance.get("stages") or [start.config.provenance.get("stage")]
+    before = start.config.provenance  # of any writer: only the format's own parts are certain
+    stages, trained = before.get("stages"), before.get("trained_tokens")
     return {
+        **before,
+        "stages": stages if isinstance(stages, list) and stages else [before.get("stage")],
+        "trained_tokens": trained if isinstance(trained, int) else 0,
         "name": start.path.resolve().name,
         "sha256": hashlib.sha256(data).hexdigest(),
-        "stages": stages,
-        "trained_tokens": start.config.provenance.get("trained_tokens", 0),
     }

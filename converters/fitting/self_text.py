@@ -14,6 +14,7 @@ import torch
 
 from converters.calibration import CACHE, CalibrationError, Text, write_whole
 from converters.fitting.distill import load_dense
+from converters.fitting.distributed import device
 from converters.fitting.precision import model_dtype
 from converters.fitting.vllm_writer import (
     LENGTH,
@@ -69,10 +70,14 @@ def self_text(source: Source, tokenizer: Any, name: str, seed: int) -> Text:
 
 def write_with_transformers(source: Source, vocabulary: int, tokens: int, seed: int) -> Sequences:
     """Sample about `tokens` tokens from the dense model; see `enough`."""
-    model = load_dense(source, model_dtype(), use_cache=True)
+    import transformers
+
+    model = load_dense(source, model_dtype(), use_cache=True).to(device())
     length = min(LENGTH, model.config.max_position_embeddings)
     end = model.generation_config.eos_token_id
     ends = set(end if isinstance(end, list) else [end]) - {None}
+    # Nothing of the source's own way of generating (a penalty of repetitions, say) but its end.
+    model.generation_config = transformers.GenerationConfig(eos_token_id=end)
 
     def write(starts: list[int]) -> Sequences:
         result: Sequences = []

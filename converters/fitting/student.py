@@ -82,11 +82,18 @@ class TrainableLinear(nn.Module):
         bias: of the dense layer, or None; it is not trained.
     """
 
+    start_in: torch.Tensor
+    start_out: torch.Tensor
+    start_router: torch.Tensor
+    router_unit: torch.Tensor
+    bias: torch.Tensor | None
+
     def __init__(self, tensors: Tensors, shape: tuple[int, int], bias: torch.Tensor | None) -> None:
         super().__init__()
         N, K = shape
         self.latent = nn.Parameter(unpack_signs(tensors[WEIGHT], K).float())
-        S_in, S_out = tensors[IN_SCALE].float(), tensors[OUT_SCALE].float()
+        # Copies: `merge_experts` writes into them.
+        S_in, S_out = (tensors[n].to(torch.float32, copy=True) for n in (IN_SCALE, OUT_SCALE))
         self.E = len(S_in)
         self.register_buffer("start_in", S_in)
         self.register_buffer("start_out", S_out)
@@ -101,17 +108,17 @@ class TrainableLinear(nn.Module):
     @property
     def S_in(self) -> torch.Tensor:
         """[E, K]."""
-        return self.start_in * whole(self.factor_in)  # type: ignore[operator]
+        return self.start_in * whole(self.factor_in)
 
     @property
     def S_out(self) -> torch.Tensor:
         """[E, N]."""
-        return self.start_out * whole(self.factor_out)  # type: ignore[operator]
+        return self.start_out * whole(self.factor_out)
 
     @property
     def R(self) -> torch.Tensor:
         """[E, K]."""
-        return self.start_router + self.router_unit * whole(self.router)  # type: ignore[operator]
+        return self.start_router + self.router_unit * whole(self.router)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The layer on x[..., K], in x's dtype."""
@@ -124,11 +131,19 @@ class TrainableLinear(nn.Module):
                 (x * (G @ self.S_in.to(x.dtype))).flatten(0, -2), self.latent
             ).view(*x.shape[:-1], -1)
             y = y * (G @ self.S_out.to(x.dtype))
-        return y if self.bias is None else y + self.bias.to(x.dtype)  # type: ignore[operator]
+        return y if self.bias is None else y + self.bias.to(x.dtype)
 
     def gates(self, x: torch.Tensor) -> torch.Tensor:
         """G [..., E] in float32, of x[..., K]."""
         return (x.float() @ self.R.T).softmax(dim=-1)
+
+    @torch.no_grad()
+    def merge_experts(self) -> None:
+        """Give every expert the mean scales."""
+        self.start_in.copy_(self.S_in.mean(dim=0, keepdim=True).expand_as(self.start_in))
+        self.start_out.copy_(self.S_out.mean(dim=0, keepdim=True).expand_as(self.start_out))
+        self.factor_in.fill_(1)
+        self.factor_out.fill_(1)
 
     @torch.no_grad()
     def pack(self, dtype: torch.dtype) -> Tensors:

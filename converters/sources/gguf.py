@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from converters.moe import IN_EXPERTS
 from converters.options import Options
 from converters.sources.base import tensor_bytes
 from converters.sources.dense import DenseSource
@@ -118,22 +119,57 @@ def open_gguf(path: Path) -> tuple[GgufStore, dict[str, Any], str | None]:
         reader = GGUFReader(path)
         architecture = reader.fields["general.architecture"].contents()
         processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=parsed["config"])
+        model_config = clean_config(config.to_diff_dict())
+        model = meta_model(model_config, len(reader.tensors))
+        names = get_gguf_hf_weights_map(model, processor)
+    except FormatError:
+        raise
     except Exception as error:  # whatever the readers make of a malformed file
-        raise FormatError(
-            f"{path} cannot be read as GGUF ({type(error).__name__}: {error}). It is damaged, or "
-            "transformers does not support its architecture."
-        ) from None
-    model_config = clean_config(config.to_diff_dict())
-    model = meta_model(model_config, len(reader.tensors))
+        raise _unreadable(path, error) from None
     model_config["architectures"] = [type(model).__name__]
-    names = get_gguf_hf_weights_map(model, processor)
     tensors = {names[t.name]: t for t in reader.tensors if t.name in names}
     missing = [hf for gguf, hf in names.items() if hf not in tensors and gguf != "output.weight"]
     if missing:
-        raise FormatError(f"{path}: {missing[0]} is missing. The file is incomplete.")
+        raise FormatError(
+            f"{path}: {missing[0]} is missing. "
+            + (
+                "Mixtures of experts are not read from GGUF; convert the model's directory."
+                if IN_EXPERTS.search(f"{missing[0]}.")
+                else "The file is incomplete."
+            )
+        )
+    lost = _lost(reader, architecture, names, parsed["config"])
+    if lost:
+        raise FormatError(
+            f"{path}: {lost}: transformers does not read this from GGUF, so the result would be "
+            "another model. Convert the model's Hugging Face directory instead."
+        )
     license_field = reader.fields.get("general.license")
     license_name = license_field.contents() if license_field else None
     return GgufStore(path, tensors, processor, names), model_config, license_name
+
+
+def _unreadable(path: Path, error: Exception) -> FormatError:
+    return FormatError(
+        f"{path} cannot be read as GGUF ({type(error).__name__}: {error}). It is damaged, or "
+        "transformers does not support its architecture or tokenizer."
+    )
+
+
+def _lost(
+    reader: Any, architecture: str, names: dict[str, str], config: dict[str, Any]
+) -> str | None:
+    """The first thing in a file that transformers would leave out, or None."""
+    for tensor in reader.tensors:  # Llama 3.1 has its rotary scaling in one
+        if tensor.name not in names:
+            return str(tensor.name)
+    for name, field in reader.fields.items():
+        scaling = name.startswith(f"{architecture}.rope.scaling.")
+        if scaling and not (name.endswith(".type") and field.contents() == "none"):
+            return str(name)
+    if architecture == "llama" and config.get("num_key_value_heads") is None:
+        return "attention.head_count_kv is missing, without which rows of q and k are misplaced"
+    return None
 
 
 def clean_config(config: dict[str, Any]) -> dict[str, Any]:
@@ -148,12 +184,29 @@ def clean_config(config: dict[str, Any]) -> dict[str, Any]:
     return {**config, "dtype": str(DTYPE).removeprefix("torch.")}
 
 
+def begins_with_bos(reader: Any) -> bool:
+    """Whether a GGUF file wants every text to begin with BOS; if silent, by llama.cpp's rules."""
+
+    def said(key: str) -> Any:
+        field = reader.fields.get(f"tokenizer.ggml.{key}")
+        return field.contents() if field else None
+
+    if said("add_bos_token") is not None:
+        return bool(said("add_bos_token"))
+    return said("model") == "llama" or said("pre") in ("llama3", "llama-v3", "llama-bpe")
+
+
 def made_files(path: Path, config: dict[str, Any]) -> dict[str, bytes]:
     """The tokenizer, chat template and special tokens inside a GGUF file, as Hugging Face files."""
+    from gguf import GGUFReader
     from transformers import AutoTokenizer
 
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        except Exception as error:  # whatever transformers makes of an unknown tokenizer
+            raise _unreadable(path, error) from None
+        tokenizer.add_bos_token = begins_with_bos(GGUFReader(path))
         tokenizer.save_pretrained(folder)
         files = {file.name: file.read_bytes() for file in sorted(Path(folder).iterdir())}
     settings = json.loads(files["tokenizer_config.json"])

@@ -46,11 +46,14 @@ class OfficialSource(Source):
                 "--ignore: an official BinaryMoS checkpoint has no dense weights to keep; its "
                 "`weight` tensors only carry signs. Drop the flag."
             )
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
         self.experts = _experts(config)
         # The stale key would say again, and could contradict, what quantization_config says.
         self.config = {key: value for key, value in config.items() if key != EXPERTS_KEY}
-        self.config["architectures"] = ["LlamaForCausalLM"]
         self.modules = decoder_linears(self.config, store.specs)
+        # The authors' name for their class says nothing to vLLM.
+        self.config["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config["model_type"]]]
         found = set()
         for module, (N, K) in self.modules.items():
             expect(f"{module}.{LATENT}", store.specs.get(f"{module}.{LATENT}"), (N, K))

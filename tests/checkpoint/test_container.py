@@ -92,6 +92,7 @@ HOSTILE = {
     "dtype is a list": (raw({"a": entry(0, 1, ["U8"])}, b"1"), "a: dtype .* is not supported"),
     "shape does not fit": (raw({"a": entry(0, 1, shape=[2])}, b"1"), "needs 2 bytes"),
     "overflowing shape": (raw({"a": entry(0, 1, shape=[1 << 40, 1 << 40])}, b"1"), "needs"),
+    "too many dimensions": (raw({"a": entry(0, 1, shape=[1] * 65)}, b"1"), "a: malformed"),
     "offset beyond the file": (raw({"a": entry(0, 9)}, b"1"), "end at byte"),
     "overlap": (raw({"a": entry(0, 2), "b": entry(1, 3)}, b"123"), "b starts at byte"),
     "same bytes twice": (raw({"a": entry(0, 2), "b": entry(0, 2)}, b"12"), "overlap or leave"),

@@ -29,14 +29,14 @@ def test_opens(packed):
     assert checkpoint.shapes == LAYERS
     assert checkpoint.config.num_experts == E
     assert checkpoint.specs == specs(tensors())
-    assert set(checkpoint.files.values()) == {"model.safetensors"}
+    assert {extent.file.name for extent in checkpoint.extents.values()} == {"model.safetensors"}
     for name, value in tensors().items():
         assert torch.equal(checkpoint.tensor(name), value)
 
 
 def test_opens_shards(tmp_path):
     checkpoint = Checkpoint(build(tmp_path / "packed", max_shard_size=64))
-    assert len(set(checkpoint.files.values())) > 2
+    assert len({extent.file for extent in checkpoint.extents.values()}) > 2
     assert all(torch.equal(checkpoint.tensor(name), v) for name, v in tensors().items())
 
 

@@ -1,7 +1,9 @@
 """Tiny sources in every layout, made without the converter's code."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,8 +48,13 @@ def make_onebit(path: Path, packed: bool, dtype: torch.dtype = torch.float32) ->
     return path
 
 
-def make_gguf(path: Path) -> tuple[Path, dict[str, torch.Tensor]]:
-    """A Llama GGUF file with F32 and Q8_0 tensors; also what it holds, in Hugging Face layout."""
+def make_gguf(
+    path: Path, kv_heads_said: bool = True, more: Callable[[Any], None] = lambda writer: None
+) -> tuple[Path, dict[str, torch.Tensor]]:
+    """A Llama GGUF file with F32 and Q8_0 tensors; also what it holds, in Hugging Face layout.
+
+    `more` may add to it with gguf's writer.
+    """
     from gguf import GGMLQuantizationType, GGUFWriter, quants
 
     hidden, ffn, heads, kv_heads, vocab, layers = 64, 96, 4, 2, 300, 2
@@ -60,7 +67,8 @@ def make_gguf(path: Path) -> tuple[Path, dict[str, torch.Tensor]]:
     writer.add_embedding_length(hidden)
     writer.add_feed_forward_length(ffn)
     writer.add_head_count(heads)
-    writer.add_head_count_kv(kv_heads)
+    if kv_heads_said:
+        writer.add_head_count_kv(kv_heads)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_freq_base(10000.0)
     writer.add_vocab_size(vocab)
@@ -103,6 +111,7 @@ def make_gguf(path: Path) -> tuple[Path, dict[str, torch.Tensor]]:
         add(f"{gguf}.ffn_gate.weight", f"{hf}.mlp.gate_proj.weight", ffn, hidden)
         add(f"{gguf}.ffn_up.weight", f"{hf}.mlp.up_proj.weight", ffn, hidden)
         add(f"{gguf}.ffn_down.weight", f"{hf}.mlp.down_proj.weight", hidden, ffn)
+    more(writer)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -5,16 +5,19 @@ import json
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from converters import calibration
-from converters.calibration import CalibrationError, Text, load_texts, sample, token_ids
+from converters.calibration import CalibrationError, Text, cut, load_texts, sample, token_ids
+from tests.tiny import add_tokenizer
 
 LINES = ("one two, three\n", " = a title = \n \n", "\n\n\n", "no end ", " \n x", "")
 
 
 class Words:
     """A token a character."""
+
+    bos_token_id = None
 
     def __call__(self, pieces, **_):
         return type("Encoded", (), {"input_ids": [[ord(c) for c in text] for text in pieces]})
@@ -72,6 +75,32 @@ def test_a_long_jsonl_is_read_as_far_as_it_is_needed(tmp_path, monkeypatch):
 def test_a_short_text_is_told_which_part_is_short(characters, message):
     with pytest.raises(CalibrationError, match=message):
         sample([Text("a", "x" * characters)], Words(), 2, 1, 8)
+
+
+def test_every_text_is_held_out_from():
+    texts = [Text(letter, letter * 400) for letter in "abc"]
+    found = sample(texts, Words(), 6, 1, 10)
+    assert found.held_out[:, 0].tolist() == [ord(letter) for letter in "abc"]
+    assert found.record["held_out"] == 3
+
+
+def test_windows_begin_as_texts_do(tmp_path):
+    plain, begins = (tmp_path / name for name in ("plain", "begins"))
+    add_tokenizer(plain)
+    add_tokenizer(begins, begins=True)
+    text = Text("t", "the quick brown fox " * 99)
+    one, two = (
+        sample([text], AutoTokenizer.from_pretrained(path), 5, 2, 17) for path in (plain, begins)
+    )
+    assert one.bos is None and not one.record["bos"] and not (one.train == 1).any()
+    assert two.bos == 1 and two.record["bos"] and two.train.shape == (5, 17)
+    for windows in (two.train, two.held_out, cut(two.train, 8, two.bos)):
+        assert (windows[:, 0] == 1).all() and not (windows[:, 1:] == 1).any()
+    assert cut(two.train, 8, two.bos).shape == (10, 8)
+    assert torch.equal(cut(two.train, 9, two.bos)[:2, 1:].flatten(), two.train[0, 1:])
+    assert torch.equal(cut(one.train, 8, None), one.train[:, :16].reshape(10, 8))
+    with pytest.raises(CalibrationError, match="windows of 1 have no room"):
+        cut(two.train, 1, two.bos)
 
 
 def test_the_record_says_how_many_windows_were_held_out():

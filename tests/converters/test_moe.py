@@ -13,7 +13,7 @@ from converters.pipeline import convert
 from converters.plan import make_plan
 from tests.converters.models import make_dense, sign_bits
 from tests.converters.test_models import logits
-from tests.tiny import MOE_CONFIGS, expert_names, linear_names, random_model
+from tests.tiny import MOE_CONFIGS, add_tokenizer, expert_names, linear_names, random_model
 from vllm_bmos.checkpoint import FormatError
 from vllm_bmos.checkpoint.verify import verify
 
@@ -148,9 +148,20 @@ def test_an_unknown_layout_is_refused_by_name_or_ignored(name):
     check_experts({}, ["model.layers.0.mlp.shared_experts.up_proj.weight"], Options())
 
 
-def test_only_svid_fits_experts(tmp_path, capfd):
-    source = make_dense(tmp_path / "source", "mixtral")
-    target = tmp_path / "target"
-    assert main([str(source), str(target), "--stage", "hessian"]) == 1
-    assert "--stage hessian cannot fit the experts" in capfd.readouterr().err
-    assert not target.exists()
+def test_fitted_stages_fit_all_but_the_experts(tmp_path, capfd):
+    source, svid, target = (tmp_path / name for name in ("source", "svid", "target"))
+    make_dense(source, "mixtral")
+    add_tokenizer(source)
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 60)
+    ignore = ("--ignore", IGNORE[0])
+    for flags in ((), ignore, ("--dry-run", *ignore)):
+        assert main([str(source), str(target), "--stage", "qat", *flags]) == 1
+        assert "--stage hessian cannot fit a mixture of experts" in capfd.readouterr().err
+        assert not target.exists()
+    assert main([str(source), str(svid), "--experts", "1", *ignore]) == 0
+    fit = ("--stage", "qat", "--start-from", str(svid), "--experts", "1", "--tokens", "128")
+    text = ("--calibration", str(tmp_path / "text.txt"), "--length", "64")
+    assert main([str(source), str(target), *fit]) == 1
+    assert "--stage qat cannot fit a mixture of experts" in capfd.readouterr().err
+    assert main([str(source), str(target), *fit, *text, *ignore]) == 0
+    assert verify(target).config.modules == verify(svid).config.modules

@@ -132,6 +132,35 @@ def test_resume_of_something_else_is_refused(tmp_path, source, monkeypatch, chan
     assert content(tmp_path / "target.partial/checkpoint") == before
 
 
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("done", [False, True])
+def test_a_directory_of_something_else_is_left_alone(tmp_path, source, wanted, resume, done):
+    """Its name is the one that the converter works in."""
+    mine = tmp_path / "target.partial"
+    if done:
+        convert(make_plan(source, Options()), tmp_path / "target")
+    mine.mkdir()
+    (mine / "mine.txt").write_text("mine")
+    if done and resume:
+        convert(make_plan(source, Options()), tmp_path / "target", resume=True)
+    else:
+        message = (
+            "exists already" if done else "holds mine.txt, which the converter has not written"
+        )
+        with pytest.raises(TargetError, match=message):
+            convert(make_plan(source, Options()), tmp_path / "target", resume=resume)
+    assert content(mine) == {"mine.txt": b"mine"}
+
+
+@pytest.mark.parametrize("name", ["target.partial", "target.fit"])
+def test_the_source_may_not_lie_where_the_converter_works(tmp_path, name):
+    source = make_official(tmp_path / name / "source")
+    before = content(source)
+    with pytest.raises(TargetError, match="where the converter works"):
+        convert(make_plan(source, Options()), tmp_path / "target", resume=True)
+    assert content(source) == before
+
+
 def test_resume_when_there_is_nothing_to_resume(tmp_path, source, wanted):
     convert(make_plan(source, Options()), tmp_path / "target", resume=True)
     assert content(tmp_path / "target") == wanted
@@ -179,10 +208,18 @@ def test_targets_that_exist(tmp_path, source, wanted):
     (tmp_path / "file").write_text("mine")
     (tmp_path / "full").mkdir()
     (tmp_path / "full/mine").write_text("mine")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
-    for name in ("file", "full", "dangling"):
-        with pytest.raises(TargetError, match="exists already"):
+    for name, message in (
+        ("file", "exists already"),
+        ("full", "exists already"),
+        ("link", "is a link, which the result cannot replace"),
+        ("dangling", "is a link, which the result cannot replace"),
+    ):
+        with pytest.raises(TargetError, match=message):
             convert(plan, tmp_path / name)
+        assert not (tmp_path / f"{name}.partial").exists()
     assert (tmp_path / "file").read_text() == (tmp_path / "full/mine").read_text() == "mine"
     (tmp_path / "empty").mkdir()
     convert(plan, tmp_path / "empty")

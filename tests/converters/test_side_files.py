@@ -75,6 +75,14 @@ def test_no_tokenizer_is_said(source, caplog):
     assert "has no tokenizer" in caplog.text
 
 
+def test_a_model_card_that_is_a_link_is_found_before_the_work(tmp_path, source):
+    (tmp_path / "secret").write_text("---\nlicense: mit\n---\n")
+    (source / "README.md").unlink(missing_ok=True)
+    (source / "README.md").symlink_to(tmp_path / "secret")
+    with pytest.raises(FormatError, match=r"README\.md is a link to .*secret, outside"):
+        make_plan(source, Options())
+
+
 def test_a_link_to_a_secret_is_not_copied(tmp_path, source):
     (tmp_path / "secret").write_text("secret")
     (source / "tokenizer.json").symlink_to(tmp_path / "secret")

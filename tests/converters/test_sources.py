@@ -3,9 +3,12 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
+from gguf import RopeScalingType
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from converters.compare import compare
 from converters.options import Options
@@ -125,6 +128,13 @@ def test_official_zeros_are_counted_by_tensor(tmp_path):
     assert checkpoint.model_config["architectures"] == ["LlamaForCausalLM"]
 
 
+def test_official_layers_of_another_family(tmp_path):
+    source = make_official(tmp_path / "source")
+    edit_config(source, model_type="mistral")
+    _, checkpoint, _ = run(source, tmp_path / "target")
+    assert checkpoint.model_config["architectures"] == ["MistralForCausalLM"]
+
+
 def test_scale_dtypes_are_kept_or_widened_to_hold_a_mixture(tmp_path):
     source = make_official(tmp_path / "source")
     tensors = load_file(source / "model.safetensors")
@@ -200,6 +210,42 @@ def test_onebit(tmp_path, packed, dtype):
             assert torch.equal(found, stored[f"{module}.{theirs}"][None])
     config = checkpoint.model_config
     assert (config["model_type"], config["architectures"]) == ("llama", ["LlamaForCausalLM"])
+
+
+@pytest.mark.parametrize(
+    ("more", "named"),
+    [
+        (
+            lambda writer: writer.add_tensor("rope_freqs.weight", np.ones(8, np.float32)),
+            "rope_freqs",
+        ),
+        (lambda writer: writer.add_rope_scaling_factor(8.0), r"llama\.rope\.scaling\.factor"),
+    ],
+)
+def test_what_transformers_would_leave_out_of_a_gguf_is_refused(tmp_path, more, named):
+    file, _ = make_gguf(tmp_path / "tiny.gguf", more=more)
+    with pytest.raises(FormatError, match=f"{named}.*: transformers does not read this from GGUF"):
+        make_plan(file, Options())
+
+
+def test_a_gguf_without_the_number_of_kv_heads_is_refused(tmp_path):
+    file, _ = make_gguf(tmp_path / "tiny.gguf", kv_heads_said=False)
+    with pytest.raises(FormatError, match="head_count_kv is missing"):
+        make_plan(file, Options())
+
+
+@pytest.mark.parametrize("begins", [None, False, True])
+def test_a_gguf_says_whether_texts_begin_with_bos(tmp_path, begins):
+    def more(writer):
+        writer.add_rope_scaling_type(RopeScalingType.NONE)
+        if begins is not None:
+            writer.add_add_bos_token(begins)
+
+    file, _ = make_gguf(tmp_path / "tiny.gguf", more=more)
+    run(file, tmp_path / "target")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "target")
+    starts = [row[0] == tokenizer.bos_token_id == 1 for row in tokenizer(["\u0105"]).input_ids]
+    assert starts == [bool(begins)]
 
 
 @pytest.mark.parametrize("block_rows", [4096, 7])

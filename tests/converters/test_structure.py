@@ -41,7 +41,8 @@ def test_floats_that_json_does_not_have():
     config = GraniteMoeHybridConfig(num_hidden_layers=1, layer_types=["mamba"])
     values = json.loads(config.to_json_string(use_diff=False))
     assert values["time_step_limit"][1] == {"__float__": "Infinity"}
-    assert meta_model(values, 99).config.time_step_limit[1] == math.inf
+    for buffers in (False, True):
+        assert meta_model(values, 99, buffers).config.time_step_limit[1] == math.inf
 
 
 def test_layers_that_choose_between_others_stay_dense():
@@ -76,6 +77,19 @@ def test_unknown_models(model_type):
 def test_a_config_cannot_ask_for_more_blocks_than_there_are_tensors(layers):
     with pytest.raises(FormatError, match="num_hidden_layers"):
         meta_model({"model_type": "llama", "num_hidden_layers": layers}, 100)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model_type": "gpt2", "n_layer": 10**9},
+        {"model_type": "bart", "decoder_layers": 10**9},
+        {"model_type": "gemma3", "text_config": {"num_hidden_layers": 10**9}},
+    ],
+)
+def test_blocks_are_counted_whatever_they_are_called(config):
+    with pytest.raises(FormatError, match="is 1000000000, but the model has 100 tensors"):
+        meta_model(config, 100)
 
 
 def test_a_config_that_transformers_cannot_build():

@@ -1,11 +1,12 @@
 """transformers loads packed checkpoints, and its layers compute the definition."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tests.tiny import make_packed, write_packed
@@ -62,6 +63,20 @@ def test_a_module_that_the_model_does_not_have_is_named(packed: Path, tmp_path: 
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(FormatError, match=r"model\.layers\.1\.\S+ is not a linear layer of Qwen2"):
         load(tmp_path, torch.float32)
+
+
+def test_the_files_that_are_loaded_are_the_files_that_are_checked(
+    packed: Path, tmp_path: Path
+) -> None:
+    inner = tmp_path / "inner"
+    shutil.copytree(packed, inner)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, subfolder="inner")
+    assert model.get_submodule("model.layers.0.mlp.up_proj").weight_packed.any()
+    tensors = load_file(inner / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.in_channel_scale"
+    save_file({n: t for n, t in tensors.items() if n != name}, inner / "model.safetensors")
+    with pytest.raises(FormatError, match=name.replace(".", r"\.")):
+        AutoModelForCausalLM.from_pretrained(tmp_path, subfolder="inner")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -37,6 +37,7 @@ ITEM_SIZES = {
     "C64": 8,
 }
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+MAX_DIMS = 64  # torch has no more; more would take long to multiply
 METADATA_KEY = "__metadata__"
 CHUNK_BYTES = 2 << 20  # stays in a core's cache
 
@@ -139,7 +140,11 @@ def _extent(file: Path, start: int, name: str, entry: Any) -> Extent:
 
 
 def _sizes(value: Any) -> bool:
-    return isinstance(value, list) and all(type(v) is int and 0 <= v < 1 << 62 for v in value)
+    return (
+        isinstance(value, list)
+        and len(value) <= MAX_DIMS
+        and all(type(v) is int and 0 <= v < 1 << 62 for v in value)
+    )
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

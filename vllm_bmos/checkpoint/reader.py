@@ -1,6 +1,7 @@
 """Opens a packed checkpoint and checks everything its headers say before any tensor is read."""
 
 import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,6 @@ class Checkpoint:
         manifest: what bmos_manifest.json says of every tensor: dtype, shape and sha256.
         extents: where every tensor lies, as the files' headers say.
         specs: dtype and shape of every tensor.
-        files: the name of the file that holds each tensor.
         shapes: (N, K) of every quantized layer by module name.
 
     Raises:
@@ -55,7 +55,6 @@ class Checkpoint:
         self.manifest = read_manifest(self.path / MANIFEST_FILE)
         self.extents = read_headers(self.path)
         self.specs = {name: extent.spec for name, extent in self.extents.items()}
-        self.files = {name: extent.file.name for name, extent in self.extents.items()}
         check_inventory(self.manifest, self.specs)
         self.shapes = check_layers(self.config, self.specs)
 
@@ -74,15 +73,41 @@ def read_headers(path: Path) -> dict[str, Extent]:
     """
     index = path / INDEX_FILE
     weight_map = read_weight_map(index, ".safetensors") if index.exists() else None
+    names = sorted(set(weight_map.values())) if weight_map else [SINGLE_FILE]
+    extents = headers_of(path / name for name in names)
+    check_weight_map(weight_map, {name: extent.file.name for name, extent in extents.items()})
+    return extents
+
+
+def check_files(config: BinaryMosConfig, files: Sequence[Path]) -> None:
+    """Check a packed checkpoint's safetensors files, and its manifest where that lies beside them.
+
+    For readers that choose the files themselves, as transformers does in a hub's cache.
+
+    Raises:
+        FormatError: as `Checkpoint` does.
+    """
+    specs = {name: extent.spec for name, extent in headers_of(files).items()}
+    manifest = files[0].parent / MANIFEST_FILE
+    if manifest.exists():
+        check_inventory(read_manifest(manifest), specs)
+    check_layers(config, specs)
+
+
+def headers_of(files: Iterable[Path]) -> dict[str, Extent]:
+    """Every tensor of some safetensors files.
+
+    Raises:
+        FormatError: for a missing or damaged file, or a tensor that is in two.
+    """
     extents: dict[str, Extent] = {}
-    for file_name in sorted(set(weight_map.values())) if weight_map else [SINGLE_FILE]:
-        for name, extent in read_extents(inside(path, file_name)).items():
+    for file in files:
+        for name, extent in read_extents(inside(file.parent, file.name)).items():
             if name in extents:
                 raise FormatError(
-                    f"{name} is in both {extents[name].file.name} and {file_name}. Convert again."
+                    f"{name} is in both {extents[name].file.name} and {file.name}. Convert again."
                 )
             extents[name] = extent
-    check_weight_map(weight_map, {name: extent.file.name for name, extent in extents.items()})
     return extents
 
 

@@ -189,11 +189,15 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 def write_bytes(path: Path, data: bytes) -> None:
     """Write a whole small file durably: a reader sees all of it or none."""
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as handle:
-        handle.write(data)
-        handle.flush()
-        os.fsync(handle.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as handle:
+            handle.write(data)
+            handle.flush()
+            os.fsync(handle.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def _write_all(descriptor: int, data: memoryview, offset: int) -> None:

@@ -22,7 +22,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from vllm_bmos import ops
-from vllm_bmos.checkpoint import QUANT_METHOD, BinaryMosConfig, Checkpoint, FormatError
+from vllm_bmos.checkpoint import QUANT_METHOD, BinaryMosConfig, FormatError
 from vllm_bmos.checkpoint.format import (
     FFN_EXPERT,
     FFN_EXPERT_NAMES,
@@ -32,6 +32,7 @@ from vllm_bmos.checkpoint.format import (
     WEIGHT,
     packed_width,
 )
+from vllm_bmos.checkpoint.reader import check_files
 from vllm_bmos.integrations.experts import is_gated_mlp
 from vllm_bmos.output_norm import output_layer_norm
 
@@ -164,9 +165,9 @@ class BinaryMosQuantizer(HfQuantizer):
         self, model: PreTrainedModel, **kwargs: Any
     ) -> PreTrainedModel:
         config = self.quantization_config.config
-        path = Path(model.config.name_or_path or "")
-        if path.is_dir():
-            Checkpoint(path)
+        files = [Path(file) for file in kwargs.get("checkpoint_files") or ()]
+        if files:  # those that transformers will read, from a directory or a hub's cache
+            check_files(config, files)
         experts: dict[str, set[tuple[int, str]]] = defaultdict(set)
         for name, own in zip(config.modules, own_names(model, config.modules), strict=True):
             linear = _submodule(model, own)

@@ -72,11 +72,16 @@ def test_batch_and_rates_reach_the_stage(source, monkeypatch, stage, module):
     assert [(o.batch, o.latent_lr, o.scale_lr) for o in seen] == [(1, 0.07, 0.003)]
 
 
-def test_window_sizes_and_checkpoints_reach_the_training(source, monkeypatch):
+@pytest.mark.parametrize("begins", [False, True])
+def test_window_sizes_and_checkpoints_reach_the_training(source, monkeypatch, begins):
+    add_tokenizer(source, begins)
     seen, fit = [], distill.fit
 
     def watched(dense, start, train, held_out, folder, options, *rest):
         seen.append((tuple(train.shape), tuple(held_out.shape), options.save_steps))
+        for windows in (train, held_out):
+            assert ((windows == 1).nonzero()[:, 1] == 0).all()  # BOS is nowhere else
+            assert (windows[:, 0] == 1).all() == begins
         return fit(dense, start, train, held_out, folder, options, *rest)
 
     monkeypatch.setattr(distill, "fit", watched)
@@ -107,17 +112,52 @@ def test_a_stage_starts_from_a_packed_checkpoint(source, capsys):
     record = Checkpoint(target).config.provenance
     assert record["stages"] == ["svid", "block"] and record["start_from"]["name"] == "first"
     assert record["trained_tokens"] == 0
+    more = ("--tokens", "700")  # five steps of 128 tokens
     third, code = convert(
-        source, "third", "--stage", "qat", "--start-from", str(target), "--resume"
+        source, "third", "--stage", "qat", "--start-from", str(target), "--resume", *more
     )
     assert code == 0
     again, code = convert(source, "again", "--stage", "qat", "--start-from", str(third))
     record = Checkpoint(again).config.provenance
-    assert record["trained_tokens"] == 2 * record["fit"]["distill"]["tokens"] > 0
+    assert record["trained_tokens"] == 5 * 128 + 512 and record["processes"] == 1
+    chain = record["start_from"]["start_from"]
+    assert chain["stages"] == ["svid", "block"] and chain["calibration"]["texts"]
     make_dense(source.parent / "other", "llama-mqa")
     other, _ = pack(source.parent / "other", "packed-other")
     assert convert(source, "fourth", "--stage", "qat", "--start-from", str(other))[1] == 1
     assert "its layers are not those of" in capsys.readouterr().err
+
+
+def test_a_training_that_did_not_help_is_recorded(source, monkeypatch, capsys):
+    losses = iter([1.0, 2.0] * 3)
+    monkeypatch.setattr(distill, "held_out_loss", lambda *_: next(losses))
+    first, _ = pack(source, "first", "--experts", "2")
+    for target, flags in (
+        ("garbage", ("--stage", "kd-scales", "--start-from", str(first))),
+        ("usable", ("--stage", "kd-scales")),
+    ):
+        target, code = convert(source, target, *flags)
+        assert code == 0
+        config, card = Checkpoint(target).config, (target / "README.md").read_text()
+        assert config.provenance["discarded"] == ["kd-scales"]
+        assert "| without effect | kd-scales: the loss on held-out text did not fall |" in card
+        assert ("garbage" in card) == (target.name == "garbage")
+    first = source.parent / "garbage"
+    target, code = convert(source, "both", "--stage", "qat", "--start-from", str(first))
+    assert code == 0
+    assert Checkpoint(target).config.provenance["discarded"] == ["kd-scales", "qat"]
+    (source.parent / "eval.txt").write_text("the quick brown fox")
+    more = ("--resume", "--eval-text", str(source.parent / "eval.txt"))
+    assert convert(source, "both", "--stage", "qat", "--start-from", str(first), *more)[1] == 0
+    card = (target / "README.md").read_text()
+    assert "garbage" in card and "| without effect | kd-scales, qat: " in card
+    assert main(["verify", str(target), "--source", str(source)]) == 0
+
+
+def test_too_few_tokens_for_a_step_are_refused_before_any_work(source, capsys, monkeypatch):
+    monkeypatch.setattr("converters.fitting.run.Fit.run", lambda *_: pytest.fail("fitted"))
+    assert convert(source, "packed", "--stage", "qat", "--batch", "9")[1] == 1
+    assert "--tokens 512: one step takes 576, 9 windows of 64" in capsys.readouterr().err
 
 
 def test_a_dry_run_plans_the_fit_and_writes_nothing(source, capsys):

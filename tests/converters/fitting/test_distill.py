@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from converters.fitting import distill, svid
-from converters.fitting.distill import DistillOptions, count_flips
+from converters.fitting.distill import DistillOptions, Windows, count_flips
 from converters.fitting.divergence import divergence, hidden_distance
 from converters.fitting.student import TrainableLinear, set_router_units
 from converters.options import Options
@@ -12,7 +12,7 @@ from converters.sources import open_source
 from tests.converters.models import make_dense, make_gguf
 from tests.tiny import VOCAB
 from vllm_bmos import ops
-from vllm_bmos.checkpoint.format import IN_SCALE, OUT_SCALE, ROUTER, WEIGHT
+from vllm_bmos.checkpoint.format import IN_SCALE, OUT_SCALE, ROUTER, WEIGHT, FormatError
 
 OPTIONS = DistillOptions(
     tokens=48 * 64, batch=2, length=32, save_steps=3, latent_lr=0.06, scale_lr=3e-3
@@ -57,6 +57,43 @@ def test_the_rate_of_latent_signs_falls_with_the_number_of_steps(tmp_path, caplo
         folder = tmp_path / str(given)
         distill.fit(source, start, tokens, tokens[:1], folder, options, "qat", 1, 0)
         assert f"learning rate of latent signs: {said}" in caplog.text
+
+
+def test_a_step_needs_windows_for_every_process():
+    assert distill.tokens_of(OPTIONS, 32, 1) == distill.tokens_of(OPTIONS, 32, 48) == 3072
+    assert distill.tokens_of(OPTIONS, 32, 47) == 47 * 64
+    with pytest.raises(FormatError, match=r"--tokens 3072: one step takes 3136, 2 windows of 32"):
+        distill.tokens_of(OPTIONS, 32, 49)
+
+
+def test_every_pass_over_the_text_has_an_order_of_its_own():
+    tokens = torch.arange(40).view(10, 4)
+    windows, again = Windows(tokens, 25, seed=3), Windows(tokens, 25, seed=3)
+    seen = [int(windows[i]["input_ids"][0]) // 4 for i in range(25)]
+    assert len(windows) == 25 and sorted(seen[:10]) == sorted(seen[10:20]) == list(range(10))
+    assert seen[:10] != seen[10:20] != list(range(10)) and len(set(seen[20:])) == 5
+    assert seen == [int(again[i]["input_ids"][0]) // 4 for i in range(25)]
+    other = Windows(tokens, 25, seed=4)
+    assert seen != [int(other[i]["input_ids"][0]) // 4 for i in range(25)]
+
+
+def test_training_is_one_epoch_of_full_steps_in_that_order(setting, monkeypatch):
+    seen = []
+    monkeypatch.setattr(distill, "held_out_loss", lambda *_: 1.0)
+    real = distill.loss_on
+
+    def watched(student, teacher, tokens, options):
+        seen.append(tokens)
+        return real(student, teacher, tokens, options)
+
+    monkeypatch.setattr(distill, "loss_on", watched)
+    tokens = setting[3][:3]  # an odd number of windows, two a step
+    options = replace(OPTIONS, tokens=4 * 64)
+    distill.fit(
+        setting[1], setting[2], tokens, tokens, setting[0] / "order", options, "kd-scales", 2, 5
+    )
+    order = Windows(tokens, 8, seed=5)
+    assert torch.equal(torch.cat(seen), torch.stack([order[i]["input_ids"] for i in range(8)]))
 
 
 @pytest.mark.parametrize("E", [1, 4])

@@ -51,7 +51,10 @@ class Model(nn.Module):
         layers = [TrainableLinear(svid.fit(torch.randn(s), 1), s, None) for s in shapes]
         self.layers = nn.ModuleList([nn.Sequential(layer) for layer in layers])
 
-    def forward(self, tokens):
+    def get_decoder(self):
+        return self
+
+    def forward(self, tokens, use_cache=True):
         x = blobs()[0].expand(len(tokens), -1, -1)
         for layer in self.layers:
             x = layer(x)
@@ -69,7 +72,9 @@ def test_a_split_changes_nothing_yet():
     assert all(layer.E == E for layer in trainable_layers(model).values())
 
 
-def test_experts_stay_only_in_blocks_that_they_help():
+@pytest.mark.parametrize("apart", ["start_out", "factor_out"])
+def test_experts_stay_only_in_blocks_that_they_help(apart):
+    """Whether they differ from the start on or by what was trained."""
     model, tokens = Model(), torch.zeros(1, 300)
     for name, tensors in split(model, tokens, E, 0).items():
         shape = model.get_submodule(name).latent.shape
@@ -77,13 +82,23 @@ def test_experts_stay_only_in_blocks_that_they_help():
     useless, useful = (layer[0] for layer in model.layers)
     with torch.no_grad():
         useful.factor_out += torch.randn(E, N, generator=torch.Generator().manual_seed(0))
-        wanted = model(tokens)
-        useless.factor_out += torch.randn(E, K, generator=torch.Generator().manual_seed(1))
-        useless.factor_out -= useless.factor_out.mean(0) - 1
+        wanted, equal, best = model(tokens), useless.S_out.clone(), useful.S_out.clone()
+        noise = torch.randn(E, K, generator=torch.Generator().manual_seed(1))
+        getattr(useless, apart).mul_(1 + noise - noise.mean(0))
     kept = merge_where_useless(model, lambda: float((model(tokens) - wanted).square().mean()))
     assert kept == 1
-    assert torch.allclose(useless.factor_out, torch.ones(E, K), atol=1e-5)
-    assert not torch.equal(useful.factor_out[0], useful.factor_out[1])
+    torch.testing.assert_close(useless.S_out, equal, rtol=1e-5, atol=1e-5)
+    assert torch.equal(useful.S_out, best) and not torch.equal(best[0], best[1])
+
+
+def test_merging_leaves_what_training_started_from():
+    tensors = svid.fit(torch.randn(N, K), E)
+    tensors[IN_SCALE] = tensors[IN_SCALE].float() * torch.rand(E, 1)
+    before = {name: tensor.clone() for name, tensor in tensors.items()}
+    layer = TrainableLinear(tensors, (N, K), None)
+    layer.merge_experts()
+    assert torch.equal(layer.S_in[0], layer.S_in[1])
+    assert all(torch.equal(tensors[name], before[name]) for name in before)
 
 
 def test_equal_experts_are_counted_as_wanted_and_different_ones_are_kept():

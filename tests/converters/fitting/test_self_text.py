@@ -1,5 +1,6 @@
 """Calibration text that the dense model writes itself, with vLLM and with transformers."""
 
+import json
 import logging
 
 import pytest
@@ -84,6 +85,15 @@ def test_transformers_writes_where_vllm_is_missing_and_says_so(source, cache, mo
     assert "with transformers, as vLLM is not installed" in caplog.text
     with pytest.raises(CalibrationError, match="self:20:vllm: vLLM is not installed"):
         text_of(source, "self:20:vllm")
+
+
+def test_the_sources_own_way_of_generating_is_not_taken(source, cache, monkeypatch):
+    plain = text_of(source, "self:60:transformers")
+    (cache / next(cache.iterdir()).name).unlink()
+    file = source / "generation_config.json"
+    config = json.loads(file.read_text()) if file.exists() else {}
+    file.write_text(json.dumps({**config, "do_sample": True, "repetition_penalty": 50.0}))
+    assert text_of(source, "self:60:transformers") == plain
 
 
 def test_vllm_does_not_write_with_a_gguf_file(tmp_path):
