@@ -141,7 +141,7 @@ def sample(
 def bos_of(tokenizer: Any) -> int | None:
     """The token that a tokenizer begins every text with, if it is BOS."""
     (tokens,) = tokenizer(["a"]).input_ids  # an empty text does not show which end a token is at
-    return int(tokens[0]) if tokens[0] == tokenizer.bos_token_id else None
+    return int(tokens[0]) if tokens and tokens[0] == tokenizer.bos_token_id else None
 
 
 def with_bos(windows: torch.Tensor, bos: int | None) -> torch.Tensor:

@@ -40,9 +40,19 @@ class LockedFolder:
 
     @classmethod
     def delete(cls, root: Path) -> None:
-        """Remove a directory of this kind, if it is there; one of something else stays."""
-        if root.is_dir() and cls.stranger(root) is None:
-            shutil.rmtree(root, ignore_errors=True)
+        """Remove a directory of this kind, if it is there; one of something else stays.
+
+        The marker goes last, so that what a kill leaves of it is of this kind still.
+        """
+        if not root.is_dir() or cls.stranger(root) is not None:
+            return
+        for entry in root.iterdir():
+            if entry.is_dir():
+                shutil.rmtree(entry)
+            elif entry.name != cls.marker:
+                entry.unlink()
+        (root / cls.marker).unlink(missing_ok=True)
+        root.rmdir()
 
     def opened(self) -> None:
         """Called with the lock held: take over or refuse what is there."""

@@ -96,9 +96,9 @@ def meta_model(model_config: Mapping[str, Any], tensors: int, buffers: bool = Fa
             f"config.json: model_type: transformers does not know {model_type!r}. Upgrade "
             "transformers; models that bring their own code are not supported."
         )
-    _check_counts(model_config, tensors)
     given = {key: v for key, v in model_config.items() if key != "quantization_config"}
     try:
+        _check_counts(given, tensors)
         values = _plain_floats(given)
         config = CONFIG_MAPPING[model_type].from_dict(values)
         if buffers:
@@ -108,6 +108,8 @@ def meta_model(model_config: Mapping[str, Any], tensors: int, buffers: bool = Fa
                 return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config)
+    except FormatError:
+        raise
     except Exception as error:  # whatever transformers makes of a malformed config
         raise FormatError(
             f"config.json: transformers cannot build this {model_type} model "

@@ -103,13 +103,20 @@ class Workspace(LockedFolder):
 
 def check_free(target: Path) -> None:
     """Raise TargetError unless `target` does not exist or is an empty directory."""
-    if target.is_symlink() or os.path.ismount(target):
+    if target.is_symlink() or is_mount(target):
         raise TargetError(
             f"{target} is a {'link' if target.is_symlink() else 'mount point'}, which the result "
             "cannot replace. Name a directory inside it."
         )
     if os.path.lexists(target) and not (target.is_dir() and not any(target.iterdir())):
         raise TargetError(f"{target} exists already. Delete it or choose another name.")
+
+
+def is_mount(path: Path) -> bool:
+    """Whether something is mounted there, be it another folder of the same file system."""
+    table = Path("/proc/self/mountinfo")
+    lines = table.read_text().splitlines() if table.exists() else []
+    return os.path.ismount(path) or str(path.resolve()) in {line.split()[4] for line in lines}
 
 
 def sync_directory(path: Path) -> None:

@@ -143,7 +143,7 @@ def reach_ourselves() -> None:
     """Have HTTP clients of this process, and of those that it starts, ask no proxy for `HOST`."""
     for name in ("no_proxy", "NO_PROXY"):
         hosts = os.environ.get(name, "")
-        if HOST not in hosts.split(","):
+        if not {HOST, "*"} & set(hosts.split(",")):
             os.environ[name] = f"{hosts},{HOST}".lstrip(",")
 
 

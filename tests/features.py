@@ -100,10 +100,12 @@ class Recorder:
 
     def pytest_sessionfinish(self) -> None:
         """Replace the results of the tests that ran."""
-        before = json.loads(RESULTS.read_text())["tests"] if RESULTS.exists() else {}
-        tests = merged(before, self.collected, self.tests, marked_tests())
         versions = {name: metadata.version(name) for name in DISTRIBUTIONS}
         versions["python"] = platform.python_version()
+        before = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+        # What ran with other versions says nothing of these.
+        known = before["tests"] if before.get("versions") == versions else {}
+        tests = merged(known, self.collected, self.tests, marked_tests())
         RESULTS.write_text(json.dumps({"versions": versions, "tests": tests}, indent=1) + "\n")
 
 

@@ -39,11 +39,13 @@ def test_the_shipped_layers_are_whole() -> None:
 def test_a_second_ctrl_c_leaves_no_server_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("no_proxy", "*")  # which stays as it is
+    monkeypatch.setenv("NO_PROXY", "*")
     stubborn = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN)"
     server = Server(tmp_path, [], tmp_path / "log")
     server.command = [sys.executable, "-c", f"{stubborn}; print('up', flush=True); time.sleep(600)"]
     server.start()
-    assert server.process is not None
+    assert server.process is not None and server.env["no_proxy"] == "*"
     wait = server.process.wait
 
     def interrupted(timeout: float | None = None) -> int:
@@ -54,6 +56,7 @@ def test_a_second_ctrl_c_leaves_no_server_behind(
     monkeypatch.setattr(server.process, "wait", interrupted)
     try:
         while "up" not in server.log_text():
+            assert server.process.poll() is None
             time.sleep(0.01)
         with pytest.raises(KeyboardInterrupt):
             server.stop()

@@ -280,8 +280,10 @@ def _record(start: Checkpoint) -> dict[str, Any]:
     data = (start.path / MANIFEST_FILE).read_bytes()
     before = start.config.provenance  # of any writer: only the format's own parts are certain
     stages, trained = before.get("stages"), before.get("trained_tokens")
+    discarded = before.get(DISCARDED)
     return {
         **before,
+        DISCARDED: discarded if isinstance(discarded, list) else [],
         "stages": stages if isinstance(stages, list) and stages else [before.get("stage")],
         "trained_tokens": trained if isinstance(trained, int) else 0,
         "name": start.path.resolve().name,

@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 PREFIX = "self:"
 VLLM, TRANSFORMERS = "vllm", "transformers"
+VERSION = 2  # of how text is written: another number writes it anew
 BATCH = 16  # sequences that transformers writes side by side
 
 
@@ -110,5 +111,6 @@ def until_end(row: list[int], ends: set[int]) -> list[int]:
 
 def _key(source: Source, tokens: int, seed: int, writer: str) -> str:
     files = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in source.store.files]
-    content = json.dumps([str(source.path.resolve()), files, tokens, seed, LENGTH, writer])
+    place = str(source.path.resolve())
+    content = json.dumps([VERSION, place, files, tokens, seed, LENGTH, writer])
     return f"self-{hashlib.sha256(content.encode()).hexdigest()[:16]}"

@@ -25,6 +25,11 @@ DTYPE = torch.bfloat16
 # Embeddings and head, by far the largest tensors of a small model, keep their rows where they are.
 ROW_BY_ROW = ("token_embd.weight", "output.weight")
 BLOCK_ROWS = 1024
+# Byte-level tokenizers that begin texts with BOS in llama.cpp where a file does not say.
+BEGIN_WITH_BOS = (
+    *("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"),
+    *("tekken", "chameleon"),
+)
 
 
 class GgufSource(DenseSource):
@@ -193,7 +198,7 @@ def begins_with_bos(reader: Any) -> bool:
 
     if said("add_bos_token") is not None:
         return bool(said("add_bos_token"))
-    return said("model") == "llama" or said("pre") in ("llama3", "llama-v3", "llama-bpe")
+    return said("model") == "llama" or said("pre") in BEGIN_WITH_BOS
 
 
 def made_files(path: Path, config: dict[str, Any]) -> dict[str, bytes]:

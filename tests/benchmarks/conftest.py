@@ -1,13 +1,31 @@
 import io
+import os
+import signal
 import sys
 import tarfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
 # The benchmarks are scripts: they find each other in their own folder.
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+
+@pytest.fixture(autouse=True)
+def restored_process() -> Iterator[None]:
+    """A benchmark's command line sets up this process: its environment, threads and signals."""
+    import torch
+
+    environment, threads = dict(os.environ), torch.get_num_threads()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    yield
+    os.environ.clear()
+    os.environ.update(environment)
+    torch.set_num_threads(threads)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
 
 NpmHas = Callable[[str, Mapping[str, str]], None]
 

@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import linear
@@ -61,7 +62,7 @@ def test_command_line_writes_rows_and_plot(tmp_path: Path):
                 assert ("vllm_bmos", "default", 1, weights) in cases
                 assert ("torch", "float32", 0, weights) in cases
     assert len(result["mixing"]) == 8  # 2 shapes, 2 M, cold and hot
-    if (file.with_suffix(".png")).exists():  # matplotlib is optional
+    if find_spec("matplotlib"):  # which is optional
         assert file.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     assert "K=100 N=37" in run.stdout
 

@@ -28,7 +28,7 @@ def test_memory_of_a_session_holds_its_children():
         "import time; held = bytearray(50_000_000); print(len(held), flush=True); time.sleep(60)"
     )
     child = subprocess.Popen(
-        ["sh", "-c", f"python3 -c '{script}'; true"],
+        ["sh", "-c", f"{sys.executable} -c '{script}'; true"],
         stdout=subprocess.PIPE,
         start_new_session=True,
     )

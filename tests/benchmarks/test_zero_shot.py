@@ -3,9 +3,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
-pytest.importorskip("lm_eval", reason="pip install 'vllm-bmos[eval]'")
-
 import zero_shot
 
 from tests.tiny import add_tokenizer, make_packed
@@ -18,9 +15,13 @@ ROWS = {
 }
 
 
+def lm_eval(module="lm_eval"):
+    return pytest.importorskip(module, reason="pip install 'vllm-bmos[eval]'")
+
+
 def stub(score):
     """A model for lm-eval that scores a continuation by a function; it notes what it is asked."""
-    from lm_eval.api.model import LM
+    LM = lm_eval("lm_eval.api.model").LM
 
     class Model(LM):
         def loglikelihood(self, requests):
@@ -90,6 +91,7 @@ def test_the_shared_files_are_what_the_tasks_expect(task):
 
 
 def run(tmp_path, backend, *flags):
+    lm_eval()
     rows = [{"query": f"Question: {n}?", "choices": ["a b", "c"], "gold": n % 2} for n in range(6)]
     write(tmp_path, "boolq", *rows)
     out = tmp_path / f"{backend}.json"

@@ -40,6 +40,19 @@ def test_opens_shards(tmp_path):
     assert all(torch.equal(checkpoint.tensor(name), v) for name, v in tensors().items())
 
 
+@pytest.mark.parametrize(
+    ("limit", "message"),
+    [
+        ("container.MAX_HEADER_BYTES", "header claims"),
+        ("reader.MAX_JSON_BYTES", "has more than 10 "),
+    ],
+)
+def test_what_is_far_too_large_is_not_read(packed, monkeypatch, limit, message):
+    monkeypatch.setattr(f"vllm_bmos.checkpoint.{limit}", 10)
+    with pytest.raises(FormatError, match=message):
+        Checkpoint(packed)
+
+
 def test_a_dense_model_is_refused(packed):
     edit(packed / "config.json", lambda config: config.pop("quantization_config"))
     with pytest.raises(FormatError, match="not a packed BinaryMoS checkpoint"):

@@ -8,7 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from converters.hf_to_bmos import main
-from tests.converters.models import make_dense
+from tests.converters.models import make_dense, make_official, make_onebit
 from vllm_bmos.checkpoint.format import WEIGHT
 from vllm_bmos.checkpoint.reader import Checkpoint
 
@@ -45,6 +45,13 @@ def test_the_file_has_the_packed_layers_and_no_others(extracted):
     _, packed, file = extracted
     names = load_file(file).keys()
     assert {name.rpartition(".")[0] for name in names} == set(Checkpoint(packed).config.modules)
+
+
+def test_layers_with_a_norm_are_not_extracted(tmp_path, capsys):
+    source, packed = make_onebit(tmp_path / "source", packed=True), tmp_path / "packed"
+    assert main([str(source), str(packed)]) == 0
+    assert main(["extract", str(packed), str(tmp_path / "layers.safetensors")]) == 1
+    assert "cannot be extracted" in capsys.readouterr().err
 
 
 def test_nothing_is_overwritten(extracted, capsys):
@@ -106,6 +113,8 @@ def test_layers_and_a_fit_exclude_each_other(extracted, capsys):
 
 def test_binary_sources_have_layers_already(extracted, capsys):
     _, packed, file = extracted
-    code = main([str(packed), str(packed.parent / "again"), "--layers", str(file)])
-    assert code == 1
-    assert json.dumps(str(packed))[1:-1] in capsys.readouterr().err
+    official = make_official(packed.parent / "official")
+    for source, message in ((packed, "packed"), (official, "is binary already")):
+        code = main([str(source), str(packed.parent / "again"), "--layers", str(file)])
+        printed = capsys.readouterr().err
+        assert code == 1 and str(source) in printed and message in printed

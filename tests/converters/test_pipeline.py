@@ -152,6 +152,25 @@ def test_a_directory_of_something_else_is_left_alone(tmp_path, source, wanted, r
     assert content(mine) == {"mine.txt": b"mine"}
 
 
+def test_a_kill_while_a_work_folder_is_deleted_leaves_one_of_its_kind(
+    tmp_path, source, wanted, monkeypatch
+):
+    rmtree = shutil.rmtree
+
+    def killed(path, **options):
+        rmtree(path, **options)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        break_after(patch, 0, FormatError("bad"))
+        patch.setattr("converters.locked.shutil.rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            convert(make_plan(source, Options()), tmp_path / "target", workers=1)
+    assert (tmp_path / "target.partial").is_dir()
+    convert(make_plan(source, Options()), tmp_path / "target", resume=True)
+    assert content(tmp_path / "target") == wanted
+
+
 @pytest.mark.parametrize("name", ["target.partial", "target.fit"])
 def test_the_source_may_not_lie_where_the_converter_works(tmp_path, name):
     source = make_official(tmp_path / name / "source")
@@ -287,19 +306,32 @@ def test_killed_and_resumed(tmp_path, small, moment, sign, code):
     target = tmp_path / "target"
     command = [sys.executable, str(ROOT / "converters/hf_to_bmos.py"), str(source), str(target)]
     journal = tmp_path / "target.partial/journal.jsonl"
-    process = subprocess.Popen(
-        [*command, "--jobs", "1"],
-        stderr=subprocess.DEVNULL,
-        # A background job of a shell inherits SIGINT ignored, and would not be interrupted.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    deadline = time.monotonic() + 300
-    while process.poll() is None and time.monotonic() < deadline:
-        if journal.exists() and journal.read_text().count("\n") > moment * JOBS:
-            process.send_signal(sign)
+
+    def interrupted():
+        """The exit status of a run that got the signal, unless it ended before."""
+        process = subprocess.Popen(
+            [*command, "--jobs", "1"],
+            stderr=subprocess.DEVNULL,
+            # A background job of a shell inherits SIGINT ignored, and would not be interrupted.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
+        try:
+            deadline = time.monotonic() + 300
+            while process.poll() is None and time.monotonic() < deadline:
+                if journal.exists() and journal.read_text().count("\n") > moment * JOBS:
+                    process.send_signal(sign)
+                    break
+                time.sleep(0.0005)
+            return process.wait(300)
+        finally:
+            process.kill()
+
+    for _ in range(5):
+        found = interrupted()
+        if found != 0:  # else this test was too slow
             break
-        time.sleep(0.0005)
-    assert process.wait(300) == code
+        shutil.rmtree(target)
+    assert found == code
     assert not target.exists()
     subprocess.run([*command, "--resume"], check=True, capture_output=True)
     assert content(target) == wanted

@@ -234,18 +234,27 @@ def test_a_gguf_without_the_number_of_kv_heads_is_refused(tmp_path):
         make_plan(file, Options())
 
 
-@pytest.mark.parametrize("begins", [None, False, True])
-def test_a_gguf_says_whether_texts_begin_with_bos(tmp_path, begins):
+@pytest.mark.parametrize(
+    ("said", "pre", "begins"),
+    [
+        (None, "default", False),
+        (None, "llama-bpe", True),
+        (False, "llama-bpe", False),
+        (True, "default", True),
+    ],
+)
+def test_a_gguf_says_whether_texts_begin_with_bos(tmp_path, said, pre, begins):
     def more(writer):
         writer.add_rope_scaling_type(RopeScalingType.NONE)
-        if begins is not None:
-            writer.add_add_bos_token(begins)
+        writer.kv_data[0]["tokenizer.ggml.pre"].value = pre
+        if said is not None:
+            writer.add_add_bos_token(said)
 
     file, _ = make_gguf(tmp_path / "tiny.gguf", more=more)
     run(file, tmp_path / "target")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "target")
     starts = [row[0] == tokenizer.bos_token_id == 1 for row in tokenizer(["\u0105"]).input_ids]
-    assert starts == [bool(begins)]
+    assert starts == [begins]
 
 
 @pytest.mark.parametrize("block_rows", [4096, 7])

@@ -3,10 +3,11 @@
 import gc
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -159,14 +160,21 @@ def run_engine(
 ) -> "subprocess.CompletedProcess[str]":
     """Run tests.engine.run_engine and return what it printed, whether or not it succeeded."""
     arguments = json.dumps({"path": str(path), "dtype": dtype, **options})
-    return subprocess.run(
+    process = subprocess.Popen(
         [sys.executable, "-m", "tests.engine.run_engine", arguments],
         env={**os.environ, **env},
         cwd=Path(__file__).parents[2],
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=560,
+        start_new_session=True,
     )
+    try:
+        out, err = process.communicate(timeout=560)
+    finally:  # ranks outlive a parent that was killed
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
 def errors_beside_transformers(

@@ -72,11 +72,29 @@ def test_the_files_that_are_loaded_are_the_files_that_are_checked(
     shutil.copytree(packed, inner)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, subfolder="inner")
     assert model.get_submodule("model.layers.0.mlp.up_proj").weight_packed.any()
+    (inner / "bmos_manifest.json").rename(tmp_path / "bmos_manifest.json")
+    with pytest.raises(FormatError, match=r"bmos_manifest\.json is missing"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, subfolder="inner")
+    (tmp_path / "bmos_manifest.json").rename(inner / "bmos_manifest.json")
     tensors = load_file(inner / "model.safetensors")
     name = "model.layers.0.mlp.up_proj.in_channel_scale"
     save_file({n: t for n, t in tensors.items() if n != name}, inner / "model.safetensors")
     with pytest.raises(FormatError, match=name.replace(".", r"\.")):
         AutoModelForCausalLM.from_pretrained(tmp_path, subfolder="inner")
+
+
+@pytest.mark.parametrize("blobs", ["models--a--b/blobs", "blobs/ab"])
+def test_a_hub_s_cache_is_loaded(packed: Path, tmp_path: Path, blobs: str) -> None:
+    """Its files are links into the model's blobs or, in newer ones, into all models'."""
+    snapshot = tmp_path / "models--a--b" / "snapshots" / "123"
+    snapshot.mkdir(parents=True)
+    (tmp_path / blobs).mkdir(parents=True)
+    for number, name in enumerate(["config.json", "model.safetensors"]):  # no manifest
+        blob = tmp_path / blobs / str(number)
+        blob.write_bytes((packed / name).read_bytes())
+        (snapshot / name).symlink_to(blob)
+    model = load(snapshot, torch.float32)
+    assert model.get_submodule("model.layers.0.mlp.up_proj").weight_packed.any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

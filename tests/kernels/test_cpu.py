@@ -104,6 +104,18 @@ def test_matches_float64(
         assert oracle.error(y, oracle.linear(layer, x, bias=bias)) < bound, f"M={M}"
 
 
+def test_a_layer_keeps_the_mode_that_it_was_prepared_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = oracle.random_layer((192, 63), 576, 4), random_x(7, 576)
+    prepared = {}
+    for mode in MODE_ERROR:
+        monkeypatch.setenv(cpu.MODE_ENV, mode)
+        prepared[mode] = prepare(layer)
+    monkeypatch.delenv(cpu.MODE_ENV)
+    exact = oracle.linear(layer, x)
+    error = {mode: oracle.error(linear(layer, t, x), exact) for mode, t in prepared.items()}
+    assert error["int8"] > 1e-3 > error["default"] > 1e-6 > error["exact"]
+
+
 @pytest.mark.parametrize("scale_dtype", [BF16, F16, F32])
 @pytest.mark.parametrize("bias_dtype", [BF16, F16, F32])
 def test_every_scale_and_bias_dtype(

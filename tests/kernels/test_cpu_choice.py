@@ -74,6 +74,17 @@ def test_a_missing_library_is_the_reason(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "C++ compiler" in why
 
 
+def test_a_library_of_another_version_is_not_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "ABI", cpu.ABI + 1)
+    cpu.library.cache_clear()
+    try:
+        able, why = cpu.CpuKernel().can_run(CONFIG)
+    finally:
+        cpu.library.cache_clear()
+    assert not able
+    assert "was built from another version of csrc/" in why
+
+
 @pytest.mark.parametrize("name", ISAS)
 def test_environment_forces_the_instruction_set(name: str) -> None:
     code = "from vllm_bmos.kernels import cpu; print(cpu.isa())"

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from vllm_bmos import ops
 from vllm_bmos.checkpoint import pack_signs
@@ -151,9 +152,11 @@ def test_compiles_to_one_graph_for_any_number_of_tokens() -> None:
     compiled = torch.compile(
         lambda x: run(x, tensors, [4, 4]).relu(), fullgraph=True, dynamic=True, backend="aot_eager"
     )
-    for M in (2, 5, 64):
+    before = counters["stats"]["unique_graphs"]
+    for M in (5, 7, 64):  # none is another size of the layer, which would be taken for it
         x = torch.randn(M, 24)
         assert torch.equal(compiled(x), run(x, tensors, [4, 4]).relu())
+    assert counters["stats"]["unique_graphs"] == before + 1
 
 
 CONFIG = LinearConfig(

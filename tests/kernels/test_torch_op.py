@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from tests.kernels import oracle
 from vllm_bmos import ops
@@ -139,7 +140,9 @@ def test_op_contract_and_compile() -> None:
         return ops.linear(x, None, tensors.weight, *scales, None, list(SIZES), "cpu") * 2
 
     plain = torch.ops.vllm_bmos.cpu_linear(*arguments(x, None, tensors, None))
+    before = counters["stats"]["unique_graphs"]
     assert torch.equal(twice(x), plain * 2)
+    assert counters["stats"]["unique_graphs"] == before + 1  # else nothing was compiled
 
 
 def test_says_why_calls_go_through_python(

@@ -2,12 +2,16 @@
 
 import pytest
 import torch
-from vllm.model_executor.layers.linear import ColumnParallelLinear, QKVParallelLinear
+from vllm.model_executor.layers.linear import (
+    ColumnParallelLinear,
+    QKVParallelLinear,
+    RowParallelLinear,
+)
 
 from tests.plugin.layers import random_tensors
-from vllm_bmos.checkpoint import FormatError
+from vllm_bmos.checkpoint import BinaryMosConfig, FormatError
 from vllm_bmos.checkpoint.format import IN_SCALE, OUT_SCALE, REQUIRED, ROUTER, WEIGHT
-from vllm_bmos.plugin.linear import check_split, output_slices
+from vllm_bmos.plugin.linear import BinaryMosLinearMethod, check_split, output_slices
 from vllm_bmos.plugin.loader import LayerLoader, Slice
 
 K, E = 48, 3
@@ -152,6 +156,18 @@ def test_ranks_cover_every_row_of_grouped_query_attention(tp: int) -> None:
 def test_a_column_parallel_rank_takes_its_rows() -> None:
     layer = fake_layer(ColumnParallelLinear, 3, 4)
     assert output_slices(layer, [10, 6]) == [Slice(30, 10, 40), Slice(18, 6, 24)]
+
+
+@pytest.mark.feature(
+    "Parallelism", "sizes that do not divide K", against="the error names the sizes"
+)
+def test_a_split_that_does_not_fit_names_the_sizes_that_do() -> None:
+    layer = fake_layer(RowParallelLinear, 1, 2)
+    config = BinaryMosConfig(1, ("down_proj",))
+    method = BinaryMosLinearMethod(config, ["down_proj"], None, complete=False)
+    message = r"down_proj: K=24 cannot be split .* Sizes that work for this layer: 1, 3"
+    with pytest.raises(ValueError, match=message):
+        method.create_weights(layer, 12, [8], 24, 8, torch.float32)  # type: ignore[arg-type]
 
 
 def test_an_indivisible_split_names_the_sizes_that_work() -> None:

@@ -15,10 +15,11 @@ from vllm_bmos.plugin.memory import available_bytes, check_memory
 # Prints how far above its start the memory of the process is: with 200 MB of blocks, after freeing
 # all but the last, which keeps the heap, and after giving back.
 FREES = """
+import mmap
 from pathlib import Path
 from vllm_bmos.plugin.memory import give_back_freed
 def resident():
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
 start = resident()
 blocks = [b"x" * 100_000 for _ in range(2000)]
 print(resident() - start)

@@ -47,7 +47,7 @@ def complete(client: OpenAI, prompt: str) -> str:
 
 
 def test_the_log_names_the_kernel_and_why(server: Server) -> None:
-    assert "BinaryMoS: kernel " in server.log_text()
+    assert "BinaryMoS: kernel cpu for torch.float32 on cpu" in server.log_text()
 
 
 @pytest.mark.feature("Server", "completions, whole and streamed", against="one another")

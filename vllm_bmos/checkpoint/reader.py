@@ -80,16 +80,21 @@ def read_headers(path: Path) -> dict[str, Extent]:
 
 
 def check_files(config: BinaryMosConfig, files: Sequence[Path]) -> None:
-    """Check a packed checkpoint's safetensors files, and its manifest where that lies beside them.
+    """Check a packed checkpoint's safetensors files against its index and its manifest.
 
-    For readers that choose the files themselves, as transformers does in a hub's cache.
+    For readers that choose the files themselves, as transformers does. Of a model on a hub they
+    download what they know, which the manifest is not.
 
     Raises:
         FormatError: as `Checkpoint` does.
     """
-    specs = {name: extent.spec for name, extent in headers_of(files).items()}
-    manifest = files[0].parent / MANIFEST_FILE
-    if manifest.exists():
+    folder, extents = files[0].parent, headers_of(files)
+    specs = {name: extent.spec for name, extent in extents.items()}
+    index, manifest = folder / INDEX_FILE, folder / MANIFEST_FILE
+    if index.exists() and len(files) > 1:
+        weight_map = read_weight_map(index, ".safetensors")
+        check_weight_map(weight_map, {name: extent.file.name for name, extent in extents.items()})
+    if manifest.exists() or snapshots_above(folder.resolve()) is None:
         check_inventory(read_manifest(manifest), specs)
     check_layers(config, specs)
 
@@ -148,7 +153,8 @@ def check_weight_map(weight_map: dict[str, str] | None, files: dict[str, str]) -
 def inside(directory: Path, name: str) -> Path:
     """The regular file `name` of a directory; a symlink may not lead out of it.
 
-    A hub cache is the one exception: its snapshots are links into the `blobs` folder beside them.
+    A hub's cache is the one exception: its snapshots are links into the `blobs` folder beside them,
+    or into one that all its models share.
 
     Raises:
         FormatError: if there is no such regular file, or if a link leads elsewhere.
@@ -156,15 +162,23 @@ def inside(directory: Path, name: str) -> Path:
     file = directory / name
     if not file.is_file():
         raise FormatError(f"{file} is missing or not a regular file. Download or convert it again.")
-    allowed = [directory.resolve()]
-    if directory.resolve().parent.name == "snapshots":
-        allowed.append(directory.resolve().parent.parent / "blobs")
-    if file.resolve().parent not in allowed:
+    folder, target = directory.resolve(), file.resolve()
+    snapshots = snapshots_above(folder)
+    cached = snapshots is not None and (
+        target.parent == snapshots.parent / "blobs"
+        or target.is_relative_to(snapshots.parent.parent / "blobs")
+    )
+    if target.parent != folder and not cached:
         raise FormatError(
-            f"{file} is a link to {file.resolve()}, outside its directory. Replace it by the file "
+            f"{file} is a link to {target}, outside its directory. Replace it by the file "
             "itself if you trust it."
         )
     return file
+
+
+def snapshots_above(folder: Path) -> Path | None:
+    """The folder `snapshots` of a hub's cache that a resolved folder lies in, or None."""
+    return next((parent for parent in folder.parents if parent.name == "snapshots"), None)
 
 
 def read_manifest(path: Path) -> dict[str, dict[str, Any]]:

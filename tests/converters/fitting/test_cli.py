@@ -67,9 +67,15 @@ def test_batch_and_rates_reach_the_stage(source, monkeypatch, stage, module):
         return fit(*args, **kwargs)
 
     monkeypatch.setattr(module, "fit", watched)
-    flags = ("--batch", "1", "--latent-lr", "0.07", "--scale-lr", "0.003")
-    assert convert(source, "packed", "--stage", stage, *flags)[1] == 0
+    flags = ["--batch", "1", "--latent-lr", "0.07", "--scale-lr", "0.003", "--seed", "7"]
+    flags += ["--epochs", "1"] if stage == "block" else ["--hidden", "0.5"]
+    target, code = convert(source, "packed", "--stage", stage, *flags)
+    assert code == 0
     assert [(o.batch, o.latent_lr, o.scale_lr) for o in seen] == [(1, 0.07, 0.003)]
+    assert [o.epochs if stage == "block" else o.hidden for o in seen] == [
+        1 if stage == "block" else 0.5
+    ]
+    assert Checkpoint(target).config.provenance["calibration"]["seed"] == 7
 
 
 @pytest.mark.parametrize("begins", [False, True])
@@ -92,9 +98,9 @@ def test_window_sizes_and_checkpoints_reach_the_training(source, monkeypatch, be
 
 def test_a_finished_fit_is_not_repeated(source):
     target, _ = convert(source, "packed", "--stage", "hessian")
-    before = (target / "model.safetensors").stat()
+    before = (target / "model.safetensors").stat().st_ino
     assert convert(source, "packed", "--stage", "hessian", "--resume")[1] == 0
-    assert (target / "model.safetensors").stat() == before
+    assert (target / "model.safetensors").stat().st_ino == before
     assert convert(source, "packed", "--stage", "hessian")[1] == 3  # it exists
 
 

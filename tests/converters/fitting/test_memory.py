@@ -10,10 +10,10 @@ from converters.fitting import memory
 
 FREED = """
 from converters.fitting.memory import keep_freed_memory
-import sys, torch
+import mmap, sys, torch
 
 def resident():
-    return int(open("/proc/self/statm").read().split()[1]) * 4096
+    return int(open("/proc/self/statm").read().split()[1]) * mmap.PAGESIZE
 
 assert sys.argv[1] == "default" or keep_freed_memory()
 before = resident()

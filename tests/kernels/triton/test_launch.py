@@ -75,7 +75,6 @@ def test_capture_lint(on_gpu, arch, K, shard_sizes):
     "unsafe",
     [
         lambda x: x.sum().item(),
-        lambda x: x.nonzero(),
         lambda x: x.cpu(),
         lambda x: torch.tensor([1, 2]).to(x.device),
         lambda x: x[x > 0],
@@ -84,7 +83,7 @@ def test_capture_lint(on_gpu, arch, K, shard_sizes):
 def test_the_lint_catches_syncs(unsafe):
     with FakeTensorMode():
         x = torch.empty(4, 4, device="cuda")
-        with pytest.raises(Exception), CaptureLint():  # noqa: B017
+        with pytest.raises(AssertionError, match="not known to be safe"), CaptureLint():
             unsafe(x)
 
 
