@@ -154,6 +154,8 @@ def test_a_folder_that_is_in_use_is_refused(tmp_path):
 
 def test_samples_are_seeded_disjoint_and_recorded():
     class Letters:
+        bos_token_id = None
+
         def __call__(self, pieces, **_):
             return type("Encoding", (), {"input_ids": [[ord(c) for c in text] for text in pieces]})
 

@@ -110,10 +110,10 @@ def test_no_kernel_is_emptied_and_none_uses_atomics(results):
 
 @both
 def test_loads_are_16_bytes_wide(results):
-    for label, _, name, _, sass in results:
+    for label, _, name, options, sass in results:
         if name == "gemm":
             assert set(sass.loads(sass.loop)) == {"LDGSTS.E.BYPASS.128"}, label
-        elif name == "route":
+        elif name == "route" and options["E"] <= 4:  # a thread has fewer inputs of more experts
             assert set(sass.loads()) == {"LDGSTS.E.BYPASS.128"}, label
         elif name == "dequant":
             assert set(sass.loads()) == {"LDG.E.128"}, label
