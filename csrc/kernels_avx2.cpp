@@ -34,38 +34,44 @@ inline __m256i times(__m256i pairs, int low, int high) {
     return _mm256_madd_epi16(pairs, _mm256_set1_epi32(high << 16 | low));
 }
 
+// The tables of the first or second four in both halves of q, whose negative ones add up to dword
+// `kFour` of `least`. The shuffles want constants.
+template <int kFour>
+inline void tabulate_four(__m256i q, __m256i least, uint8_t* to, __m256i& last) {
+    const __m256i six = _mm256_set1_epi32(63);
+    const __m256i bits = _mm256_broadcastsi128_si256(_mm_setr_epi16(0, 0, 1, 0, 0, 1, 1, 1));
+    const __m256i q01 = _mm256_shuffle_epi32(q, kFour ? 0xaa : 0x00);
+    const __m256i q23 = _mm256_shuffle_epi32(q, kFour ? 0xff : 0x55);
+    // Entries 0 to 3, 4 to 7, 8 to 11 and 12 to 15 of a table in each half.
+    __m256i e[4];
+    e[0] = _mm256_sub_epi32(_mm256_madd_epi16(q01, bits),
+                            _mm256_shuffle_epi32(least, kFour ? 0x55 : 0x00));
+    e[1] = _mm256_add_epi32(e[0], times(q23, 1, 0));
+    e[2] = _mm256_add_epi32(e[0], times(q23, 0, 1));
+    e[3] = _mm256_add_epi32(e[0], times(q23, 1, 1));
+#pragma GCC unroll 3
+    for (int plane = 0; plane < 3; ++plane) {
+        __m256i digit[4];
+        for (int j = 0; j < 4; ++j) {
+            digit[j] = plane < 2 ? _mm256_and_si256(e[j], six) : e[j];
+            e[j] = _mm256_srli_epi32(e[j], 6);
+        }
+        const __m256i bytes = _mm256_packus_epi16(_mm256_packs_epi32(digit[0], digit[1]),
+                                                  _mm256_packs_epi32(digit[2], digit[3]));
+        store256(to + plane * kPlaneBytes, bytes);
+        if (plane == 2) last = _mm256_or_si256(last, bytes);
+    }
+}
+
 // The tables of a group of sixteen. Adds its absolute values to `sizes`, and the bits of its last
 // plane to `last`.
 inline void tabulate(__m256i q, uint8_t* to, __m256i& sizes, __m256i& last) {
-    const __m256i zero = _mm256_setzero_si256(), six = _mm256_set1_epi32(63);
-    const __m256i bits = _mm256_broadcastsi128_si256(_mm_setr_epi16(0, 0, 1, 0, 0, 1, 1, 1));
+    const __m256i zero = _mm256_setzero_si256();
     sizes = _mm256_add_epi32(sizes, sum_pairs(_mm256_abs_epi16(q)));
     // Each half has two times four, whose negative ones add up to dwords 0 and 1 of this.
     const __m256i least = _mm256_hadd_epi32(sum_pairs(_mm256_min_epi16(q, zero)), zero);
-#pragma GCC unroll 2
-    for (int i = 0; i < 2; ++i, to += 32) {
-        const __m256i q01 = _mm256_shuffle_epi32(q, i ? 0xaa : 0x00);
-        const __m256i q23 = _mm256_shuffle_epi32(q, i ? 0xff : 0x55);
-        // Entries 0 to 3, 4 to 7, 8 to 11 and 12 to 15 of a table in each half.
-        __m256i e[4];
-        e[0] = _mm256_sub_epi32(_mm256_madd_epi16(q01, bits),
-                                _mm256_shuffle_epi32(least, i ? 0x55 : 0x00));
-        e[1] = _mm256_add_epi32(e[0], times(q23, 1, 0));
-        e[2] = _mm256_add_epi32(e[0], times(q23, 0, 1));
-        e[3] = _mm256_add_epi32(e[0], times(q23, 1, 1));
-#pragma GCC unroll 3
-        for (int plane = 0; plane < 3; ++plane) {
-            __m256i digit[4];
-            for (int j = 0; j < 4; ++j) {
-                digit[j] = plane < 2 ? _mm256_and_si256(e[j], six) : e[j];
-                e[j] = _mm256_srli_epi32(e[j], 6);
-            }
-            const __m256i bytes = _mm256_packus_epi16(_mm256_packs_epi32(digit[0], digit[1]),
-                                                      _mm256_packs_epi32(digit[2], digit[3]));
-            store256(to + plane * kPlaneBytes, bytes);
-            if (plane == 2) last = _mm256_or_si256(last, bytes);
-        }
-    }
+    tabulate_four<0>(q, least, to, last);
+    tabulate_four<1>(q, least, to + 32, last);
 }
 
 // Sixteen integers of 16 bits.
