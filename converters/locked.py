@@ -46,7 +46,7 @@ class LockedFolder:
         """
         if not root.is_dir() or cls.stranger(root) is not None:
             return
-        for entry in root.iterdir():
+        for entry in list(root.iterdir()):
             if entry.is_dir():
                 shutil.rmtree(entry)
             elif entry.name != cls.marker:
