@@ -76,6 +76,7 @@ class Fit:
 
     Attributes:
         plan: of the conversion of what is fitted.
+        pieces: the windows for training end to end, which may be shorter than the others.
 
     Raises:
         FormatError: if the source is not a dense model or has no tokenizer.
@@ -100,8 +101,11 @@ class Fit:
             wait_for_all()
         trainings = len(set(DISTILLED) & set(self.stages))
         trained = 0
-        if trainings:  # a step has windows of every process
-            length, facts[PROCESSES] = self._training_windows().shape[1], world_size()
+        if trainings:
+            length = min(options.distill.length, self.text.train.shape[1])
+            self.pieces = cut(self.text.train, length, self.text.bos)
+            # A step has windows of every process.
+            facts[PROCESSES] = world_size()
             trained = trainings * tokens_of(options.distill, length, world_size())
         before = facts.get("start_from", {"stages": [], "trained_tokens": 0})
         used = {"distill" if name in DISTILLED else name for name in self.stages}
@@ -209,7 +213,7 @@ class Fit:
         return distill.fit(
             self.source.dense,
             self.source.tensors,
-            self._training_windows(),
+            self.pieces,
             self.text.held_out,
             folder.directory(stage),
             self.options.distill,
@@ -218,11 +222,6 @@ class Fit:
             self.options.seed,
             threads,
         )
-
-    def _training_windows(self) -> torch.Tensor:
-        """The windows for training end to end, which may be shorter."""
-        length = min(self.options.distill.length, self.text.train.shape[1])
-        return cut(self.text.train, length, self.text.bos)
 
     def finish(self, target: Path) -> None:
         """Delete DST.fit: the checkpoint that was made of it is complete."""

@@ -63,27 +63,25 @@ def test_refuses(change: dict[str, object], reason: str) -> None:
     assert reason in why
 
 
-def test_a_missing_library_is_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "LIBRARY", cpu.LIBRARY.with_name("absent.so"))
+@pytest.mark.parametrize(
+    ("name", "value", "reasons"),
+    [
+        ("LIBRARY", cpu.LIBRARY.with_name("absent.so"), ["absent.so", "C++ compiler"]),
+        ("ABI", cpu.ABI + 1, ["was built from another version of csrc/"]),
+    ],
+    ids=["missing", "another version"],
+)
+def test_a_library_that_cannot_be_used_is_the_reason(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: object, reasons: list[str]
+) -> None:
+    monkeypatch.setattr(cpu, name, value)
     cpu.library.cache_clear()
     try:
         able, why = cpu.CpuKernel().can_run(CONFIG)
     finally:
         cpu.library.cache_clear()
     assert not able
-    assert "absent.so" in why
-    assert "C++ compiler" in why
-
-
-def test_a_library_of_another_version_is_not_called(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "ABI", cpu.ABI + 1)
-    cpu.library.cache_clear()
-    try:
-        able, why = cpu.CpuKernel().can_run(CONFIG)
-    finally:
-        cpu.library.cache_clear()
-    assert not able
-    assert "was built from another version of csrc/" in why
+    assert all(reason in why for reason in reasons)
 
 
 @pytest.mark.parametrize("name", ISAS)
