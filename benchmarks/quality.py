@@ -5,12 +5,12 @@
     python benchmarks/quality.py ... --compare calibration --stage hessian  # each text, and all
     python benchmarks/quality.py --predict-cost LLaMA-1/2-7B            # from the rows so far
 
-Every method is made in DIR by a command of its own, on the same calibration windows. Its model is
-then scored by perplexity.py and, with --zero-shot, by zero_shot.py. A row is written when it is
-complete and never made again; an interrupted method continues (omniquant starts again). Stages
-kd-scales, qat and experts see --tokens in addition: their rows say so. Baselines are dense models
-with quantized values. A model that was made elsewhere, on the same calibration windows, is scored
-where it is: --made qat-e1=DIR.
+Every method is made in DIR by a command of its own, on the same calibration windows; a stage that
+starts from another one's result takes the model of that row. It is then scored by perplexity.py
+and, with --zero-shot, by zero_shot.py. A row is written when it is complete and never made again;
+an interrupted method continues (omniquant starts again). Stages kd-scales, qat and experts see
+--tokens in addition: their rows say so. Baselines are dense models with quantized values. A model
+that was made elsewhere, on the same calibration windows, is scored where it is: --made qat-e1=DIR.
 """
 
 import argparse
@@ -42,7 +42,6 @@ from quality_methods import (
     Method,
     MethodError,
     bits_per_weight,
-    check_made,
     make,
     methods,
     text_names,
@@ -81,11 +80,8 @@ def complete(row: dict[str, Any], method: Method, model: Path, args: argparse.Na
         return False
     fit = {name: getattr(args, name) for name in FIT}
     target = args.made.get(method.key, args.work / method.key)
-    if method.key in args.made:
-        check_made(method, target, fit)
-        row.setdefault("effort", None)
-    else:
-        row.setdefault("effort", make(method, model, target, fit, args.threads))
+    effort = make(method, model, target, fit, args.threads, args.made)
+    row.setdefault("effort", effort)
     row["trained_tokens"] = trained_tokens(target)
     row |= bits_per_weight(target)
     for text in texts:
@@ -135,9 +131,14 @@ def run(args: argparse.Namespace) -> None:
     result = open_results(args)
     chosen = methods(args.compare, args.stage, args.calibration)
     known = [method.key for method in chosen]
-    for key in (*(args.methods or ()), *args.made):
-        if key not in known:
-            raise ValueError(f"--methods {key}: known are {', '.join(known)}.")
+    starts = {before.key for method in chosen for before in method.starts}
+    for flag, keys, allowed in (
+        ("--methods", args.methods or (), known),
+        ("--made", args.made, [*known, *sorted(starts.difference(known))]),
+    ):
+        for key in keys:
+            if key not in allowed:
+                raise ValueError(f"{flag} {key}: known are {', '.join(allowed)}.")
     args.work.mkdir(parents=True, exist_ok=True)
     result["machine"] = machine_facts(args.threads)
     layers = Counter(shapes_of(str(args.model)))

@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,23 @@ class Method:
     stage: str | None = None
     E: int | None = None
     texts: tuple[str, ...] = ()
+
+    @property
+    def start(self) -> "Method | None":
+        """The method whose model this one starts from, so that rows share it."""
+        before = FITTED_STAGES.get(self.stage) if self.stage else None
+        if before is None:
+            return None
+        # Until their own stage all experts are equal, so that one does.
+        label = Path(self.texts[0]).name.partition(".")[0] if self.texts else ""
+        return _ours(before, 1, label, *self.texts)
+
+    @property
+    def starts(self) -> "Iterator[Method]":
+        """All methods that lead to this one, the last of them first."""
+        if self.start is not None:
+            yield self.start
+            yield from self.start.starts
 
     @property
     def trains(self) -> bool:
@@ -110,7 +127,12 @@ def _ours(stage: str, E: int, label: str = "", text: str = "") -> Method:
 
 
 def command(
-    method: Method, model: Path, target: Path, fit: dict[str, Any], threads: int
+    method: Method,
+    model: Path,
+    target: Path,
+    fit: dict[str, Any],
+    threads: int,
+    start: Path | None = None,
 ) -> list[str]:
     """The command that makes a method's model; run again, it continues.
 
@@ -120,13 +142,17 @@ def command(
         target: directory to write.
         fit: the settings of `quality.py` that decide the result.
         threads: that it may use.
+        start: the model that it starts from, where there is one.
     """
     convert = [sys.executable, str(CONVERT), str(model), str(target), "--resume"]
     convert += ["--stage", str(method.stage), "--experts", str(method.E), "--jobs", str(threads)]
     if method.baseline is None and not method.looks_at_text:
         return convert
-    flags = ["--windows", str(fit["windows"]), "--length", str(fit["length"])]
-    flags += ["--seed", str(fit["seed"])]
+    flags = ["--length", str(fit["length"]), "--seed", str(fit["seed"])]
+    if not method.trains:  # which is on --tokens
+        flags += ["--windows", str(fit["windows"])]
+    if start is not None:
+        flags += ["--start-from", str(start)]
     for text in method.texts or fit["calibration"]:
         flags += ["--calibration", text]
     if method.baseline is not None:
@@ -137,42 +163,85 @@ def command(
 
 
 def make(
-    method: Method, model: Path, target: Path, fit: dict[str, Any], threads: int
+    method: Method,
+    model: Path,
+    target: Path,
+    fit: dict[str, Any],
+    threads: int,
+    made: Mapping[str, Path],
 ) -> dict[str, Any] | None:
-    """Make a method's model, unless it is there.
+    """Make a method's model, and before it what it starts from, unless they are there.
+
+    Args:
+        method: the method.
+        model: the dense model.
+        target: directory to write; what it starts from is written beside it.
+        fit: the settings of `quality.py` that decide the result.
+        threads: that it may use.
+        made: models that were made elsewhere, by the key of their method.
 
     Returns:
-        `seconds` and `cpu_seconds` of this run, and whether it was the `whole` run; None if
-        nothing was to be done.
+        `seconds` and `cpu_seconds` of the runs that led to the model, `peak_rss_bytes`, and
+        whether these were the `whole` runs; None where that is not known.
 
     Raises:
-        MethodError: if the command fails.
+        MethodError: if a command fails.
         ValueError: if what is there was begun with other settings, or by something else.
     """
-    settings = target.with_name(f"{target.name}.settings.json")
+    if method.key in made:
+        check_made(method, made[method.key], fit)
+        return None
+    before, start = None, None
+    if method.start is not None:
+        start = made.get(method.start.key, target.with_name(method.start.key))
+        before = make(method.start, model, start, fit, threads, made)
+    own = _make(method, model, target, fit, threads, start)
+    if method.start is None or own is None or before is None:
+        return own if method.start is None else None
+    effort = {what: round(before[what] + own[what], 1) for what in ("seconds", "cpu_seconds")}
+    effort["peak_rss_bytes"] = max(before["peak_rss_bytes"], own["peak_rss_bytes"])
+    return effort | {"whole": before["whole"] and own["whole"]}
+
+
+def _make(
+    method: Method,
+    model: Path,
+    target: Path,
+    fit: dict[str, Any],
+    threads: int,
+    start: Path | None,
+) -> dict[str, Any] | None:
+    """Make one model, unless it is there; what that took, or None where it is not known."""
+    record = target.with_name(f"{target.name}.settings.json")
+    effort = target.with_name(f"{target.name}.effort.json")
     now = {"model": model.name, **settings_of(method, fit)}
     whole = not target.with_name(target.name + ".fit").exists() and not target.exists()
     if not whole:
-        before = json.loads(settings.read_text(encoding="utf-8")) if settings.exists() else None
+        before = json.loads(record.read_text(encoding="utf-8")) if record.exists() else None
         if before != now:
             raise ValueError(
                 f"{method.key}: {target} was begun with {before or 'settings of its own'}, not "
                 f"with {now}. Remove it, give another --work, or name it with --made."
             )
     if (target / (REPORT if method.baseline else CONFIG_FILE)).exists():
-        return None
-    write_json(settings, now)  # before the model, which may be there when this process is killed
+        found = json.loads(effort.read_text(encoding="utf-8")) if effort.exists() else None
+        return found if found is None else dict(found)
+    effort.unlink(missing_ok=True)  # of a model that was removed
+    write_json(record, now)  # before the model, which may be there when this process is killed
     began = time.monotonic()
-    process = subprocess.Popen(command(method, model, target, fit, threads), stdout=sys.stderr)
+    line = command(method, model, target, fit, threads, start)
+    process = subprocess.Popen(line, stdout=sys.stderr)
     usage = run_of(process)
     if process.returncode != 0:
         raise MethodError(f"{method.key} ended with status {process.returncode}; see above")
-    return {
+    took = {
         "seconds": round(time.monotonic() - began, 1),
         "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
         "peak_rss_bytes": usage.ru_maxrss * 1024,
         "whole": whole,
     }
+    write_json(effort, took)
+    return took
 
 
 def settings_of(method: Method, fit: dict[str, Any]) -> dict[str, Any]:

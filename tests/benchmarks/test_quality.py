@@ -23,7 +23,9 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "text.txt").write_text("a text")
     calls = []
 
-    def make(method, model, target, fit, threads):
+    def make(method, model, target, fit, threads, made):
+        if method.key in made:
+            return quality_methods.make(method, model, target, fit, threads, made)
         calls.append(("make", method.key))
         target.mkdir(exist_ok=True)
         (target / "quantization.json").write_text(json.dumps({"method": method.key}))
@@ -116,7 +118,9 @@ def test_every_method_has_the_same_calibration_flags(tmp_path):
     for method in quality_methods.methods("paper"):
         line = " ".join(quality_methods.command(method, tmp_path, tmp_path / "out", fit, 3))
         looks_at_text = method.stage != "svid"
-        assert ("--windows 5 --length 64 --seed 3 --calibration a.txt" in line) == looks_at_text
+        assert ("--length 64 --seed 3" in line) == looks_at_text
+        assert ("--calibration a.txt" in line) == looks_at_text
+        assert ("--windows 5" in line) == (looks_at_text and not method.trains)
     mine = quality_methods.methods("calibration", "hessian", ["dir/mine.txt", "b.jsonl"])
     assert [method.key for method in mine] == ["hessian-e1-mine", "hessian-e1-b", "hessian-e1"]
     assert [method.texts for method in mine] == [("dir/mine.txt",), ("b.jsonl",), ()]
@@ -133,11 +137,13 @@ def test_commands_are_what_the_converter_takes(comparison):
     methods = [m for m in quality_methods.methods(comparison) if m.baseline is None]
     assert methods
     for method in methods:
-        _, script, *line = quality_methods.command(method, Path("m"), Path("out"), fit, 2)
+        start = Path(method.start.key) if method.start else None
+        _, script, *line = quality_methods.command(method, Path("m"), Path("out"), fit, 2, start)
         assert script.endswith("hf_to_bmos.py")
         found = parse(line, dict.fromkeys(COMMANDS, lambda _: 0))
         assert (found.stage, found.experts, found.jobs) == (method.stage, method.E, 2)
         assert found.tokens == 9 or not method.trains
+        assert found.start_from == start
 
 
 def test_bits_of_a_packed_model_count_signs_scales_and_routers(tmp_path):
@@ -169,6 +175,8 @@ def test_a_model_made_elsewhere_must_say_that_it_was_made_alike(
         (elsewhere / "quantization.json").write_text(json.dumps(report | change))
         assert run(path, monkeypatch, *made, methods=["gptq"]) == 2
     assert "was made by" in caplog.text
+    assert run(path, monkeypatch, "--made", f"gtpq={elsewhere}") == 2
+    assert "--made gtpq: known are float16" in caplog.text
     with pytest.raises(SystemExit):
         run(path, monkeypatch, "--made", "gptq=/nowhere")
 
@@ -188,6 +196,10 @@ def test_a_packed_model_made_elsewhere_needs_its_stage_and_experts(tmp_path):
 MAKE = "import sys, pathlib; p = pathlib.Path(sys.argv[1]); p.mkdir(); (p / sys.argv[2]).touch()"
 FIT = {"windows": 5, "length": 64, "seed": 3, "calibration": ["a.txt"]}
 FIT |= {"tokens": 9, "steps": 7, "batch": 2}
+
+
+def make(method, model, target, fit, made=None):
+    return quality_methods.make(method, model, target, fit, 1, made or {})
 
 
 @pytest.mark.parametrize(
@@ -210,21 +222,60 @@ def test_a_model_is_made_once_with_the_settings_that_matter(
     file = "config.json" if method.baseline is None else "quantization.json"
     line = [sys.executable, "-c", MAKE, str(target), file]
     monkeypatch.setattr(quality_methods, "command", lambda *_: line)
-    assert quality_methods.make(method, model, target, FIT, 1)["whole"]
-    assert quality_methods.make(method, model, target, FIT, 1) is None
-    assert quality_methods.make(method, model, target, FIT | do_not, 1) is None
+    monkeypatch.setattr(quality_methods.Method, "start", None)
+    effort = make(method, model, target, FIT)
+    assert effort["whole"]
+    assert make(method, model, target, FIT) == effort
+    assert make(method, model, target, FIT | do_not) == effort
     for model_now, change in [(model, matter), (tmp_path / "other", {})]:
         if change or model_now != model:
             with pytest.raises(ValueError, match=r"was begun with .* Remove it"):
-                quality_methods.make(method, model_now, target, FIT | change, 1)
+                make(method, model_now, target, FIT | change)
     (target / file).unlink()  # as if it had been killed
     with pytest.raises(ValueError, match="was begun with"):
-        quality_methods.make(method, tmp_path / "other", target, FIT, 1)
+        make(method, tmp_path / "other", target, FIT)
     target.with_name(f"{key}.settings.json").unlink()
     with pytest.raises(ValueError, match="settings of its own"):
-        quality_methods.make(method, model, target, FIT, 1)
+        make(method, model, target, FIT)
     target.rmdir()
-    assert quality_methods.make(method, tmp_path / "other", target, FIT | matter, 1)["whole"]
+    assert make(method, tmp_path / "other", target, FIT | matter)["whole"]
+
+
+def test_rows_share_the_models_that_they_start_from(tmp_path, monkeypatch):
+    made = []
+
+    def command(method, model, target, fit, threads, start):
+        made.append((method.key, start and start.name))
+        work = "import time\nwhile time.process_time() < 0.2: pass\n"
+        return [sys.executable, "-c", work + MAKE, str(target), "config.json"]
+
+    monkeypatch.setattr(quality_methods, "command", command)
+    methods = {method.key: method for method in quality_methods.methods("paper")}
+    efforts = {
+        key: make(methods[key], tmp_path / "model", tmp_path / key, FIT)
+        for key in ("experts-e4", "hessian-e1", "kd-scales-e1")
+    }
+    assert made == [
+        ("hessian-e1", None),
+        ("qat-e1", "hessian-e1"),
+        ("experts-e4", "qat-e1"),
+        ("kd-scales-e1", "hessian-e1"),
+    ]
+    seconds = {
+        path.name.partition(".")[0]: json.loads(path.read_text())["cpu_seconds"]
+        for path in tmp_path.glob("*.effort.json")
+    }
+    assert efforts["hessian-e1"]["cpu_seconds"] == seconds["hessian-e1"] >= 0.2
+    chain = sum(seconds[key] for key in ("hessian-e1", "qat-e1", "experts-e4"))
+    assert efforts["experts-e4"]["cpu_seconds"] == pytest.approx(chain, abs=0.11)
+    # A start that was made elsewhere is taken as it is, and how long it took is not known.
+    monkeypatch.setattr(quality_methods, "check_made", lambda *_: None)
+    elsewhere = {"hessian-e1": tmp_path / "elsewhere"}
+    block = methods["block-e1"]
+    assert make(block, tmp_path / "model", tmp_path / "block-e1", FIT, elsewhere) is None
+    assert made[-1] == ("block-e1", "elsewhere")
+    only_c4 = quality_methods.methods("calibration")[0]
+    assert only_c4.start.key == "hessian-e1-c4" and only_c4.start.texts == only_c4.texts
 
 
 @pytest.mark.parametrize("change", [{"windows": 6}, {"seed": 4}, {}])
@@ -280,9 +331,12 @@ def test_a_real_comparison(tmp_path, monkeypatch):
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 400)
     flags = ["--backend", "transformers", "--dtype", "float32", "--context", "64", "--limit", "2"]
     flags += ["--windows", "2", "--length", "64", "--calibration", str(tmp_path / "text.txt")]
-    methods = ["float16", "gptq", "hessian-e1"]
+    flags += ["--tokens", "512"]
+    methods = ["float16", "gptq", "hessian-e1", "experts-e4"]
     assert run(tmp_path, monkeypatch, *flags, methods=methods) == 0
     result = json.loads((tmp_path / "out.json").read_text())
     bits = [row["bits"] for row in result["rows"]]
-    assert bits[0] == 16 and 1 < bits[2] < 1.6 and 2 < bits[1] < 2.4
-    assert all(row["effort"]["cpu_seconds"] > 0 for row in result["rows"])
+    assert bits[0] == 16 and 1 < bits[2] < 1.6 < bits[3] < 2.8 and 2 < bits[1] < 2.4
+    assert [row["trained_tokens"] for row in result["rows"]] == [0, 0, 0, 1024]
+    seconds = [row["effort"]["cpu_seconds"] for row in result["rows"]]
+    assert min(seconds) > 0 and seconds[3] > seconds[2]
