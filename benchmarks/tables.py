@@ -1,4 +1,4 @@
-"""Writes the README's tables from benchmarks/results/*.json, so that no number there is typed.
+"""Writes the README's tables and figures from benchmarks/results/, so that no number is typed.
 
 python benchmarks/tables.py            # rewrite README.md
 python benchmarks/tables.py --check    # fail if README.md is not what the results say
@@ -42,6 +42,11 @@ TEXT_NAMES = {
     "c4.utf8": "C4",
     "wiki.utf8": "Wikipedia",
     "wikitext_like.txt": "Wikipedia articles in WikiText's format (`wikitext_like.py`)",
+}
+# The plots that the README shows below their tables.
+FIGURES = {
+    "linear": "Operations per second of every provider, for six shapes and one to 512 tokens",
+    "quality": "Perplexity of every method over its stored bits per weight",
 }
 MODEL_NAMES = {"SmolLM2-135M-Instruct.Q4_1.gguf": "SmolLM2-135M (Q4_1-dequantised)"}
 
@@ -89,6 +94,9 @@ def tables(results: Path) -> str:
             if name != script:  # by itself the command would replace another table's results
                 command += f" --json benchmarks/results/{name}.json"
             parts.append(table(json.loads(file.read_text(encoding="utf-8")), command))
+        plot = results / f"{name}.png"
+        if name in FIGURES and plot.exists():
+            parts.append(f"![{FIGURES[name]}](benchmarks/results/{plot.name})")
     return "\n\n".join(parts)
 
 

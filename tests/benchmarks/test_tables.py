@@ -48,6 +48,9 @@ def test_linear_rows_keep_their_provider_mode_and_shape(tmp_path: Path) -> None:
     assert "| **vllm-bmos**, default | 41 | - | - | - | - | - |" in lines
     assert "| vllm-bmos, int8 | - | - | - | 9,000 | - | - |" in lines
     assert "| vLLM bf16 | 400 | - | - | - | - | - |" in lines
+    assert "linear.png" not in lines[-1]
+    (tmp_path / "linear.png").touch()
+    assert tables.tables(tmp_path).endswith("(benchmarks/results/linear.png)")
 
 
 def test_a_table_names_the_instructions_and_whose_results_were_wrong() -> None:
