@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from converters.package_data import PackageError, read_members
+from vllm_bmos.checkpoint.writer import write_bytes
 
 DEFAULT = "default"
 PACKAGE = "exllamav3==1.6.5"  # ships samples of C4 and of the English Wikipedia
@@ -270,6 +271,4 @@ def _download() -> None:
 def write_whole(file: Path, content: bytes) -> None:
     """Write a text into a file, whole or not at all; its folder is made."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f"{file.name}.part")
-    part.write_bytes(content)
-    part.replace(file)
+    write_bytes(file, content)

@@ -88,7 +88,7 @@ def test_paragraphs_that_share_ten_words_with_an_excluded_text_are_left_out(
     assert "river mill" not in text and "well @-@ known" in text
     assert text.startswith("\n\n = Lime kiln = \n\n\n")  # joined as the measured rows are
     assert f"{len(text):,} characters" in capsys.readouterr().out
-    assert [p.name for p in tmp_path.iterdir() if p.suffix == ".part"] == []
+    assert {path.name for path in tmp_path.iterdir()} == {"out.txt", "test.raw"}
 
 
 def test_a_missing_file_or_package_ends_the_command_with_one_line(
