@@ -48,7 +48,7 @@ FIGURES = {
     "linear": "Operations per second of every provider, for six shapes and one to 512 tokens",
     "quality": "Perplexity of every method over its stored bits per weight",
 }
-MODEL_NAMES = {"SmolLM2-135M-Instruct.Q4_1.gguf": "SmolLM2-135M (Q4_1-dequantised)"}
+MODEL_NAMES = {"SmolLM2-135M-Instruct.Q4_1.gguf": "SmolLM2-135M-Instruct (Q4_1-dequantised)"}
 
 
 def main() -> int:
@@ -135,8 +135,8 @@ def serving_table(result: dict[str, Any], command: str) -> str:
     read = "" if seconds is None else f", and reads its weights in {seconds:.0f} s"
     lines += [
         "",
-        f"Its server holds {ours['resident_beyond_vllm_gb']:.2f} GB more than a tiny model's when "
-        f"it is ready{after}{read}.",
+        f"vllm-bmos's server is resident in {ours['resident_gb']:.2f} GB when it is ready, "
+        f"{ours['resident_beyond_vllm_gb']:.2f} more than with a tiny model{after}{read}.",
     ]
     return "\n".join(lines)
 

@@ -96,14 +96,15 @@ def is_complete(plan: Plan, target: Path) -> bool:
 
 
 def check_space(plan: Plan, root: Path) -> None:
-    """Raise TargetError if the file system has no room for what is still to be written."""
+    """Raise TargetError if there is no room for what is still to be written to `root`."""
     allocated = sum(file.stat().st_blocks * 512 for file in root.rglob("*") if file.is_file())
     side = sum(map(len, plan.side_files.values()))
     needed = max(0, plan.bytes + side - allocated) + SPARE_BYTES
-    free = shutil.disk_usage(root).free
+    folder = next(parent for parent in root.parents if parent.exists())
+    free = shutil.disk_usage(folder).free
     if free < needed:
         raise TargetError(
-            f"{root.parent}: the result needs {needed / 1e9:.2f} GB, the file system has "
+            f"{folder}: the result needs {needed / 1e9:.2f} GB, the file system has "
             f"{free / 1e9:.2f} GB free. Make room or choose another DST."
         )
 

@@ -21,11 +21,11 @@ from converters.fitting.folder import FitFolder
 from converters.fitting.hessian import HessianOptions
 from converters.fitting.self_text import PREFIX as SELF
 from converters.fitting.self_text import self_text
-from converters.pipeline import check_target, is_complete
+from converters.pipeline import check_space, check_target, is_complete
 from converters.plan import DISCARDED, FOUND, PROCESSES, Plan
 from converters.sources import Source
 from converters.sources.fitted import FittedSource
-from converters.workspace import check_free
+from converters.workspace import check_free, work_directory
 from vllm_bmos.checkpoint.format import MANIFEST_FILE, REQUIRED, FormatError
 from vllm_bmos.checkpoint.reader import Checkpoint
 
@@ -156,6 +156,7 @@ class Fit:
             return
         if is_main():
             check_free(target)
+            check_space(self.plan, work_directory(target))  # for the result, which is written last
         facts = {
             "plan": self.plan.fingerprint(),
             "torch": torch.__version__,

@@ -64,7 +64,12 @@ def test_a_table_names_the_instructions_and_whose_results_were_wrong() -> None:
 
 def test_a_model_s_table_says_what_is_missing_and_how_it_was_run() -> None:
     row = {"provider": "vllm_bmos", "mode": "default", "decode_tokens_per_s": {"1": 9.0}}
-    row |= {"prefill_tokens_per_s": 90.0, "resident_beyond_vllm_gb": 1.5, "weights_seconds": None}
+    row |= {
+        "prefill_tokens_per_s": 90.0,
+        "resident_gb": 5.6,
+        "resident_beyond_vllm_gb": 1.5,
+        "weights_seconds": None,
+    }
     result = {
         "machine": {"cpu": "Some CPU", "threads": 2},
         "model": {"shape": "llama-7b", "layers": 32, "E": 4},
@@ -73,7 +78,7 @@ def test_a_model_s_table_says_what_is_missing_and_how_it_was_run() -> None:
         "rows": [row],
     }
     alone = tables.serving_table(result, "serving.py")
-    assert "serving.py --providers vllm_bmos`" in alone and alone.endswith("when it is ready.")
+    assert "serving.py --providers vllm_bmos`" in alone and alone.endswith("with a tiny model.")
     result["missing"] = {"llama_cpp q4_0": "it ended: \nTraceback", "llama_cpp": "not installed"}
     lines = tables.serving_table(result, "serving.py").splitlines()
     assert "serving.py --providers llama_cpp vllm_bmos`" in lines[0]

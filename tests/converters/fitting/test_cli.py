@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 import torch
@@ -94,6 +95,14 @@ def test_window_sizes_and_checkpoints_reach_the_training(source, monkeypatch, be
     flags = ("--train-length", "32", "--held-out", "3", "--save-steps", "7")
     assert convert(source, "packed", "--stage", "kd-scales", *flags)[1] == 0
     assert seen == [((16, 32), (3, 64), 7)]
+
+
+def test_too_small_a_disk_is_found_before_the_fit(source, monkeypatch, capsys):
+    usage = shutil.disk_usage(source)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    _, code = convert(source, "new/packed", "--stage", "hessian")
+    assert code == 3 and "the result needs" in capsys.readouterr().err
+    assert sorted(path.name for path in source.parent.iterdir()) == ["dense", "text.jsonl"]
 
 
 def test_a_finished_fit_is_not_repeated(source):
