@@ -180,8 +180,8 @@ def make_fit(plan: Plan, args: argparse.Namespace) -> "Fit":
     """The fit that the command line asks for."""
     # The data-free stage does without these and all that they import.
     from converters.fitting.block import BlockOptions
-    from converters.fitting.distill import DistillOptions
     from converters.fitting.run import Fit, FitOptions
+    from converters.fitting.training import DistillOptions
 
     def chosen(**given: Any) -> dict[str, Any]:
         return {name: value for name, value in given.items() if value is not None}

@@ -15,7 +15,7 @@ from torch import nn
 
 from baselines.sequential import BITS, PUBLISHED, write_dense
 from baselines.uniform import stored_bits
-from converters.fitting.distill import module_names
+from converters.fitting.models import module_names
 from converters.sources import Source
 
 CODE_BITS, GROUP = 2, 128

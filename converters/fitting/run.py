@@ -14,13 +14,13 @@ from converters.calibration import Calibration, cut, load_texts, sample
 from converters.fitting import BY_BLOCK, block, check_fittable, distill, hessian, stages_up_to
 from converters.fitting.block import BlockOptions
 from converters.fitting.blocks import BlockModel
-from converters.fitting.distill import DistillOptions, tokens_of
 from converters.fitting.distributed import is_main, wait_for_all, world_size
 from converters.fitting.experts import with_experts
 from converters.fitting.folder import FitFolder
 from converters.fitting.hessian import HessianOptions
 from converters.fitting.self_text import PREFIX as SELF
 from converters.fitting.self_text import self_text
+from converters.fitting.training import DistillOptions, tokens_of
 from converters.pipeline import check_space, check_target, is_complete
 from converters.plan import DISCARDED, FOUND, PROCESSES, Plan
 from converters.sources import Source

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from converters.calibration import CACHE, CalibrationError, Text, write_whole
-from converters.fitting.distill import load_dense
 from converters.fitting.distributed import device
+from converters.fitting.models import load_dense
 from converters.fitting.precision import model_dtype
 from converters.fitting.vllm_writer import (
     LENGTH,

@@ -4,7 +4,7 @@ import pytest
 
 from converters.arguments import BAD_INPUT, COMMANDS, INTERRUPTED, parse
 from converters.fitting.block import BlockOptions
-from converters.fitting.distill import DistillOptions, latent_rate
+from converters.fitting.training import DistillOptions, latent_rate
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from converters.fitting.distill import load_dense
+from converters.fitting.models import load_dense
 from converters.hf_to_bmos import main
 from converters.options import Options
 from converters.sources import open_source

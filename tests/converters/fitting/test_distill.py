@@ -3,16 +3,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from converters.fitting import distill, svid
-from converters.fitting.distill import DistillOptions, Windows, count_flips
+from converters.fitting import distill, svid, training
+from converters.fitting.distill import count_flips
 from converters.fitting.divergence import divergence, hidden_distance
 from converters.fitting.student import TrainableLinear, set_router_units
+from converters.fitting.training import DistillOptions, Windows
 from converters.options import Options
 from converters.sources import open_source
 from tests.converters.models import make_dense, make_gguf
 from tests.tiny import VOCAB
 from vllm_bmos import ops
-from vllm_bmos.checkpoint.format import IN_SCALE, OUT_SCALE, ROUTER, WEIGHT, FormatError
+from vllm_bmos.checkpoint.format import IN_SCALE, OUT_SCALE, ROUTER, WEIGHT
 
 OPTIONS = DistillOptions(
     tokens=48 * 64, batch=2, length=32, save_steps=3, latent_lr=0.06, scale_lr=3e-3
@@ -46,7 +47,7 @@ def layer(E, N=24, K=33, spread=0.0, bias=None):
 
 
 def test_the_rate_of_latent_signs_falls_with_the_number_of_steps(tmp_path, caplog):
-    rates = [distill.latent_rate(steps) for steps in (1, 60, 144, 1500, 3000)]
+    rates = [training.latent_rate(steps) for steps in (1, 60, 144, 1500, 3000)]
     assert rates == pytest.approx([0.1, 0.1, 0.1, 0.031, 0.0219], rel=0.01)
     caplog.set_level("INFO")
     source = open_source(make_dense(tmp_path / "dense"), Options(experts=1))
@@ -59,34 +60,16 @@ def test_the_rate_of_latent_signs_falls_with_the_number_of_steps(tmp_path, caplo
         assert f"learning rate of latent signs: {said}" in caplog.text
 
 
-def test_a_step_needs_windows_for_every_process():
-    assert distill.tokens_of(OPTIONS, 32, 1) == distill.tokens_of(OPTIONS, 32, 48) == 3072
-    assert distill.tokens_of(OPTIONS, 32, 47) == 47 * 64
-    with pytest.raises(FormatError, match=r"--tokens 3072: one step takes 3136, 2 windows of 32"):
-        distill.tokens_of(OPTIONS, 32, 49)
-
-
-def test_every_pass_over_the_text_has_an_order_of_its_own():
-    tokens = torch.arange(40).view(10, 4)
-    windows, again = Windows(tokens, 25, seed=3), Windows(tokens, 25, seed=3)
-    seen = [int(windows[i]["input_ids"][0]) // 4 for i in range(25)]
-    assert len(windows) == 25 and sorted(seen[:10]) == sorted(seen[10:20]) == list(range(10))
-    assert seen[:10] != seen[10:20] != list(range(10)) and len(set(seen[20:])) == 5
-    assert seen == [int(again[i]["input_ids"][0]) // 4 for i in range(25)]
-    other = Windows(tokens, 25, seed=4)
-    assert seen != [int(other[i]["input_ids"][0]) // 4 for i in range(25)]
-
-
 def test_training_is_one_epoch_of_full_steps_in_that_order(setting, monkeypatch):
     seen = []
     monkeypatch.setattr(distill, "held_out_loss", lambda *_: 1.0)
-    real = distill.loss_on
+    real = training.loss_on
 
     def watched(student, teacher, tokens, options):
         seen.append(tokens)
         return real(student, teacher, tokens, options)
 
-    monkeypatch.setattr(distill, "loss_on", watched)
+    monkeypatch.setattr(training, "loss_on", watched)
     tokens = setting[3][:3]  # an odd number of windows, two a step
     options = replace(OPTIONS, tokens=4 * 64)
     distill.fit(
@@ -247,34 +230,23 @@ def test_an_interrupted_training_continues_with_the_same_bytes(setting, monkeypa
         return real(*arguments)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(distill, "divergence", stop_late)
+        for module in (distill, training):
+            patch.setattr(module, "divergence", stop_late)
         train(setting, "stopped")
     assert (setting[0] / "stopped" / "checkpoint-3").is_dir()
     continued = train(setting, "stopped")
     assert all(torch.equal(whole[name], continued[name]) for name in whole)
 
 
-def test_a_checkpoint_that_was_not_written_whole_is_passed_over(setting, caplog):
-    caplog.set_level("INFO")
-    folder = setting[0] / "broken"
-    whole, torn, empty = (folder / f"checkpoint-{n}" for n in (9, 10, 100))
-    for path in (whole, torn, empty):
-        path.mkdir(parents=True)
-    (whole / "trainer_state.json").write_text('{"global_step": 9}')
-    (torn / "trainer_state.json").write_text('{"global_st')
-    assert distill.last_checkpoint(folder) == whole
-    assert not torn.exists() and not empty.exists() and "checkpoint-10 " in caplog.text
-    assert distill.last_checkpoint(setting[0] / "nothing") is None
-
-
 def test_training_is_not_disturbed_by_dropout(setting, monkeypatch):
-    seen, real = [], distill.loss_on
+    seen, real = [], training.loss_on
 
     def watched(student, *args):
         seen.append(student.training)
         return real(student, *args)
 
-    monkeypatch.setattr(distill, "loss_on", watched)
+    for module in (distill, training):  # margins, steps
+        monkeypatch.setattr(module, "loss_on", watched)
     train(setting, "eval", replace(OPTIONS, tokens=2 * 64))
     assert len(seen) == 4 + 2 and not any(seen)  # four windows set margins
 
