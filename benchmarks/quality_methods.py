@@ -191,13 +191,13 @@ def make(
     if method.key in made:
         check_made(method, made[method.key], fit)
         return None
-    before, start = None, None
-    if method.start is not None:
-        start = made.get(method.start.key, target.with_name(method.start.key))
-        before = make(method.start, model, start, fit, threads, made)
+    if method.start is None:
+        return _make(method, model, target, fit, threads, None)
+    start = made.get(method.start.key, target.with_name(method.start.key))
+    before = make(method.start, model, start, fit, threads, made)
     own = _make(method, model, target, fit, threads, start)
-    if method.start is None or own is None or before is None:
-        return own if method.start is None else None
+    if before is None or own is None:
+        return None
     effort = {what: round(before[what] + own[what], 1) for what in ("seconds", "cpu_seconds")}
     effort["peak_rss_bytes"] = max(before["peak_rss_bytes"], own["peak_rss_bytes"])
     return effort | {"whole": before["whole"] and own["whole"]}
@@ -224,8 +224,7 @@ def _make(
                 f"with {now}. Remove it, give another --work, or name it with --made."
             )
     if (target / (REPORT if method.baseline else CONFIG_FILE)).exists():
-        found = json.loads(effort.read_text(encoding="utf-8")) if effort.exists() else None
-        return found if found is None else dict(found)
+        return dict(json.loads(effort.read_text(encoding="utf-8"))) if effort.exists() else None
     effort.unlink(missing_ok=True)  # of a model that was removed
     write_json(record, now)  # before the model, which may be there when this process is killed
     began = time.monotonic()
