@@ -120,7 +120,7 @@ def plot_quality(result: dict[str, Any], path: Path) -> None:
         log = max(values) > 10 * min(values)
         on_axis, back = (math.log10, lambda y: 10**y) if log else (float, float)
         height = (on_axis(max(values)) - on_axis(min(values))) / 25  # of a label
-        lowest = 0.0  # where the next label may be
+        lowest: dict[int, float] = {}  # where the next label of so many bits may be
         for row in sorted(scored, key=lambda row: float(row["perplexity"][text]["perplexity"])):
             value = row["perplexity"][text]["perplexity"]
             if row["key"] == "float16":
@@ -129,8 +129,8 @@ def plot_quality(result: dict[str, Any], path: Path) -> None:
                 continue
             color = COLORS["torch"] if row["stage"] is None else COLORS[OURS]
             axis.plot(row["bits"], value, "o", color=color, markersize=7)
-            place = max(on_axis(value), lowest)
-            lowest = place + height
+            place = max(on_axis(value), lowest.get(int(row["bits"]), 0.0))
+            lowest[int(row["bits"])] = place + height
             label = f"{row['name']}: {value:,.{0 if value >= 1000 else 1}f}"
             axis.text(row["bits"] + 0.06, back(place), label, fontsize=8, va="center")
         axis.set(

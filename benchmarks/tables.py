@@ -231,7 +231,8 @@ def quality_table(result: dict[str, Any], command: str) -> str:
         f"Quality of {MODEL_NAMES.get(result['model'], result['model'])}: perplexity on "
         f"{' and '.join(texts)} ({windows} of {fit['context']} tokens, {fit['backend']} "
         f"{fit['dtype']}), every method fitted on the same {tokens:,} tokens of {source} unless "
-        "its name says otherwise; rows with trained tokens were then trained on that many more. "
+        "its name says otherwise; rows with trained tokens were then trained on that many more "
+        "(stage `experts` with one expert is `qat` again). "
         "Bits are per quantized weight: all that is stored, and what the method's paper counts. "
         "Baselines are dense models with quantized values; "
         f"`{command}`, with the flags in docs/EVALUATION.md:",
