@@ -63,9 +63,7 @@ class Method:
         before = FITTED_STAGES.get(self.stage) if self.stage else None
         if before is None:
             return None
-        # Until their own stage all experts are equal, so that one does.
-        label = Path(self.texts[0]).name.partition(".")[0] if self.texts else ""
-        return _ours(before, 1, label, *self.texts)
+        return _ours(before, 1, *self.texts)  # until their own stage all experts are equal
 
     @property
     def starts(self) -> "Iterator[Method]":
@@ -103,11 +101,10 @@ def methods(comparison: str, stage: str | None = None, texts: Sequence[str] = ()
         stage = stage or distill.QAT
         E = 1 if stage in EQUAL_EXPERTS else 4
         texts = texts or [str(CACHE / name) for name in MEMBERS]
-        labels = [Path(text).name.partition(".")[0] for text in texts]
+        labels = [_label(text) for text in texts]
         if len(set(labels)) < len(labels):
             raise ValueError(f"--calibration: expected texts of different names, found {labels}.")
-        single = [_ours(stage, E, *pair) for pair in zip(labels, texts, strict=True)]
-        return [*single, _ours(stage, E)]
+        return [*(_ours(stage, E, text) for text in texts), _ours(stage, E)]
     baselines = (FLOAT16, OMNIQUANT, *BY_LAYER)
     return [*(Method(name, NAMES[name], baseline=name) for name in baselines), *_stages()]
 
@@ -118,10 +115,16 @@ def _stages() -> Iterator[Method]:
             yield _ours(stage, E)
 
 
-def _ours(stage: str, E: int, label: str = "", text: str = "") -> Method:
+def _label(text: str) -> str:
+    """What rows call a calibration text."""
+    return Path(text).name.partition(".")[0]
+
+
+def _ours(stage: str, E: int, text: str = "") -> Method:
     name = ("OneBit" if E == 1 else f"BinaryMoS, E={E}") + f", {stage}"
     key = f"{stage}-e{E}"
-    if label:
+    if text:
+        label = _label(text)
         return Method(f"{key}-{label}", f"{name}, {label} only", None, stage, E, (text,))
     return Method(key, name, None, stage, E)
 

@@ -256,7 +256,7 @@ def quality_table(result: dict[str, Any], command: str) -> str:
 def _training(row: dict[str, Any], fit: dict[str, Any]) -> str:
     """Where a model comes from elsewhere, or how much less than its default it was trained."""
     if row["effort"] is None:
-        return " (made elsewhere, of other texts as well: docs/EVALUATION.md)"
+        return " (made elsewhere, itself or what it starts from)"
     if row["key"] != OMNIQUANT or (fit["steps"], fit["batch"]) == (STEPS, BATCH):
         return ""
     return f", {fit['steps']} steps of {fit['batch']} windows a block (default {STEPS} of {BATCH})"
