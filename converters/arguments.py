@@ -16,7 +16,9 @@ SCALE_FLAGS = {
     *("--held-out", "--tokens", "--batch", "--train-length", "--save-steps", "--scale-lr"),
     *("--hidden", "--compile", "--fsdp"),
 }
-BLOCK_FLAGS = {"--held-out", "--epochs", "--batch", "--latent-lr", "--scale-lr"}
+BLOCK_FLAGS = {
+    *("--held-out", "--epochs", "--batch", "--train-length", "--latent-lr", "--scale-lr"),
+}
 STAGE_FLAGS: dict[str, set[str]] = {  # what each fitted stage looks at
     "hessian": TEXT_FLAGS | {"--windows"},
     "block": TEXT_FLAGS | BLOCK_FLAGS | {"--windows", "--start-from"},
@@ -135,12 +137,15 @@ def _parser(runs: Mapping[str, Callable[[argparse.Namespace], int]]) -> argparse
     )
     convert_.add_argument("--epochs", type=_positive, default=2, help="of stage block")
     convert_.add_argument(
-        "--batch", type=_positive, help="windows in one step of training; 2 if not given"
+        "--batch",
+        type=_positive,
+        help="windows in one step of training; 2 if not given, in stage block 1",
     )
     convert_.add_argument(
         "--train-length",
         type=_positive,
-        help="tokens in a window of training, into which windows are cut; 512 if not given",
+        help="tokens in a window of training, into which windows are cut; 512 if not given, in "
+        "stage block 256",
     )
     convert_.add_argument(
         "--save-steps",
@@ -150,13 +155,12 @@ def _parser(runs: Mapping[str, Callable[[argparse.Namespace], int]]) -> argparse
     convert_.add_argument(
         "--latent-lr",
         type=float,
-        help="learning rate of latent signs; 1.2 / sqrt(steps), at most 0.1, if not given; in "
-        "stage block 0.02",
+        help="learning rate of latent signs; 1.2 / sqrt(steps), at most 0.1, if not given",
     )
     convert_.add_argument(
         "--scale-lr",
         type=float,
-        help="learning rate of scales and routers; 0.005 if not given, in stage block 0.002",
+        help="learning rate of scales and routers; 0.005 if not given",
     )
     convert_.add_argument(
         "--hidden",

@@ -186,9 +186,13 @@ def make_fit(plan: Plan, args: argparse.Namespace) -> "Fit":
     def chosen(**given: Any) -> dict[str, Any]:
         return {name: value for name, value in given.items() if value is not None}
 
-    steps = chosen(batch=args.batch, latent_lr=args.latent_lr, scale_lr=args.scale_lr)
-    ways = chosen(
+    steps = chosen(
         length=args.train_length,
+        batch=args.batch,
+        latent_lr=args.latent_lr,
+        scale_lr=args.scale_lr,
+    )
+    ways = chosen(
         hidden=args.hidden,
         save_steps=args.save_steps,
         compile=args.compile,

@@ -17,7 +17,7 @@ from converters.fitting.attention import use_fast_attention
 from converters.fitting.distributed import device, has_gpu
 from converters.fitting.divergence import divergence
 from converters.fitting.experts import merge_where_useless, split, with_experts
-from converters.fitting.margins import set_margins
+from converters.fitting.margins import MARGIN_WINDOWS, set_margins
 from converters.fitting.memory import keep_freed_memory
 from converters.fitting.models import (
     compile_blocks,
@@ -35,7 +35,6 @@ from vllm_bmos.checkpoint.format import WEIGHT
 logger = logging.getLogger(__name__)
 
 QAT, KD_SCALES, EXPERTS = "qat", "kd-scales", "experts"
-MARGIN_WINDOWS = 32  # their gradients set the latents' margins
 Tensors = dict[str, torch.Tensor]
 
 

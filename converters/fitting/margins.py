@@ -1,4 +1,4 @@
-"""How far each latent sign starts from its flip.
+"""How far each latent sign starts from its flip, and how far a step moves it.
 
 A flip moves a latent by 2, so one that noise asked for costs twice the loss's curvature there,
 which goes about as the mean square of the latent's gradient (Fisher). In SmolLM2-135M that spans
@@ -16,6 +16,8 @@ from functools import partial
 import torch
 
 from converters.fitting.student import TrainableLinear
+
+MARGIN_WINDOWS = 32  # of text, on which gradients are measured
 
 
 def set_margins(layers: Sequence[TrainableLinear], losses: Iterable[torch.Tensor]) -> None:
@@ -50,3 +52,12 @@ def set_margins(layers: Sequence[TrainableLinear], losses: Iterable[torch.Tensor
         for latent, size in zip(latents, sizes, strict=True):
             margin = (1 + size / mean if mean > 0 else torch.ones_like(size)).to(latent.device)
             latent.copy_(torch.where(latent >= 0, margin, -margin))
+
+
+def latent_rate(steps: int) -> float:
+    """The learning rate of latent signs that suits a run of so many steps.
+
+    Noise moves a latent by about rate * sqrt(steps), which should come near the margin of a typical
+    sign: much farther, and signs flip at random; much less, and none flips (docs/FITTING.md).
+    """
+    return min(0.1, 1.2 / steps**0.5)

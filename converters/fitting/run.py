@@ -198,10 +198,11 @@ class Fit:
         if stage == hessian.STAGE:
             return hessian.fit(model, train, 1, scale_dtype, folder, options.hessian, threads)
         start = with_experts(self.source.tensors, self.source.modules, 1)
+        length = min(options.block.length, train.shape[1])
         return block.fit(
             model,
             start,
-            train,
+            cut(train, length, self.text.bos),
             self.text.held_out,
             scale_dtype,
             folder,

@@ -19,6 +19,7 @@ from torch.utils.data import Dataset, Sampler, SequentialSampler
 
 from converters.fitting.distributed import has_gpu, is_main, wait_for_all
 from converters.fitting.divergence import divergence, hidden_distance
+from converters.fitting.margins import latent_rate
 from converters.fitting.student import trainable_layers
 from vllm_bmos.checkpoint.format import FormatError
 
@@ -53,15 +54,6 @@ class DistillOptions:
     save_steps: int = 25
     compile: bool = False
     fsdp: bool = False
-
-
-def latent_rate(steps: int) -> float:
-    """The learning rate of latent signs that suits a run of so many steps.
-
-    Noise moves a latent by about rate * sqrt(steps), which should come near the margin of a typical
-    sign: much farther, and signs flip at random; much less, and none flips (docs/FITTING.md).
-    """
-    return min(0.1, 1.2 / steps**0.5)
 
 
 def tokens_of(options: DistillOptions, length: int, processes: int) -> int:

@@ -4,7 +4,8 @@ import pytest
 
 from converters.arguments import BAD_INPUT, COMMANDS, INTERRUPTED, parse
 from converters.fitting.block import BlockOptions
-from converters.fitting.training import DistillOptions, latent_rate
+from converters.fitting.margins import latent_rate
+from converters.fitting.training import DistillOptions
 
 
 @pytest.fixture
@@ -16,13 +17,13 @@ def said(capsys: pytest.CaptureFixture[str]) -> str:
 
 def test_defaults_that_depend_on_the_stage(said: str) -> None:
     distill, block = DistillOptions(), BlockOptions()
-    assert distill.batch == block.batch
+    assert distill.scale_lr == block.scale_lr and distill.latent_lr is block.latent_lr is None
     for flag, wanted in {
-        "--batch": f"{distill.batch} if not given",
-        "--train-length": f"{distill.length} if not given",
+        "--batch": f"{distill.batch} if not given, in stage block {block.batch}",
+        "--train-length": f"{distill.length} if not given, in stage block {block.length}",
         "--save-steps": f"{distill.save_steps} if not given",
-        "--latent-lr": f"at most {latent_rate(1)}, if not given; in stage block {block.latent_lr}",
-        "--scale-lr": f"{distill.scale_lr} if not given, in stage block {block.scale_lr}",
+        "--latent-lr": f"at most {latent_rate(1)}, if not given",
+        "--scale-lr": f"{distill.scale_lr} if not given",
         "--hidden": f"{distill.hidden:g} if not given",
     }.items():
         assert wanted in said.rpartition(f"{flag} ")[2].partition(" --")[0]

@@ -49,6 +49,28 @@ def test_each_block_learns_what_held_out_text_confirms(setting, caplog):
     assert all(float(after) < 0.7 * float(before) for before, after in errors), errors
 
 
+def test_costly_signs_are_farther_from_a_flip(setting, monkeypatch):
+    seen, set_margins = [], block.set_margins
+
+    def watched(layers, losses):
+        losses = list(losses)
+        set_margins(layers, losses)
+        seen.append((len(losses), [layer.latent.detach().abs().max() for layer in layers]))
+
+    monkeypatch.setattr(block, "set_margins", watched)
+    run(setting, "margins", replace(OPTIONS, epochs=1))
+    assert [count for count, _ in seen] == [8, 8]  # the windows of each of two blocks
+    assert all(max(margins) > 2 for _, margins in seen)
+
+
+def test_the_rate_of_latent_signs_is_that_of_the_steps_unless_given(setting, caplog):
+    caplog.set_level("INFO")
+    for given, said in [(None, "0.1"), (0.06, "0.06")]:
+        run(setting, f"rate-{given}", replace(OPTIONS, epochs=1, batch=3, latent_lr=given))
+        assert "3 steps a block, 3 windows of 64 tokens each" in caplog.text
+        assert f"learning rate of latent signs: {said}\n" in caplog.text
+
+
 def test_a_resumed_fit_gives_the_same_bytes(setting):
     whole = run(setting, "first")
     (setting[0] / "first.fit" / "block" / "block-0001.safetensors").unlink()

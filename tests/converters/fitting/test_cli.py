@@ -60,7 +60,7 @@ def test_a_fit_from_the_command_line(source, stage, capsys):
 
 
 @pytest.mark.parametrize(("stage", "module"), [("block", block), ("qat", distill)])
-def test_batch_and_rates_reach_the_stage(source, monkeypatch, stage, module):
+def test_lengths_batch_and_rates_reach_the_stage(source, monkeypatch, stage, module):
     seen, fit = [], module.fit
 
     def watched(*args, **kwargs):
@@ -68,11 +68,12 @@ def test_batch_and_rates_reach_the_stage(source, monkeypatch, stage, module):
         return fit(*args, **kwargs)
 
     monkeypatch.setattr(module, "fit", watched)
-    flags = ["--batch", "1", "--latent-lr", "0.07", "--scale-lr", "0.003", "--seed", "7"]
+    flags = ["--batch", "3", "--latent-lr", "0.07", "--scale-lr", "0.003", "--seed", "7"]
+    flags += ["--train-length", "16"]
     flags += ["--epochs", "1"] if stage == "block" else ["--hidden", "0.5"]
     target, code = convert(source, "packed", "--stage", stage, *flags)
     assert code == 0
-    assert [(o.batch, o.latent_lr, o.scale_lr) for o in seen] == [(1, 0.07, 0.003)]
+    assert [(o.length, o.batch, o.latent_lr, o.scale_lr) for o in seen] == [(16, 3, 0.07, 0.003)]
     assert [o.epochs if stage == "block" else o.hidden for o in seen] == [
         1 if stage == "block" else 0.5
     ]
@@ -95,6 +96,19 @@ def test_window_sizes_and_checkpoints_reach_the_training(source, monkeypatch, be
     flags = ("--train-length", "32", "--held-out", "3", "--save-steps", "7")
     assert convert(source, "packed", "--stage", "kd-scales", *flags)[1] == 0
     assert seen == [((16, 32), (3, 64), 7)]
+
+
+def test_stage_block_cuts_windows_of_training_and_no_others(source, monkeypatch):
+    seen, fit = [], block.fit
+
+    def watched(model, start, train, held_out, *rest):
+        seen.append((tuple(train.shape), tuple(held_out.shape)))
+        return fit(model, start, train, held_out, *rest)
+
+    monkeypatch.setattr(block, "fit", watched)
+    for name, *flags in (("one", "--train-length", "16"), ("two",)):  # 256 do not fit in 64
+        assert convert(source, name, "--stage", "block", "--held-out", "3", *flags)[1] == 0
+    assert seen == [((32, 16), (3, 64)), ((8, 64), (3, 64))]
 
 
 def test_too_small_a_disk_is_found_before_the_fit(source, monkeypatch, capsys):

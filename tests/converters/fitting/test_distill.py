@@ -46,9 +46,7 @@ def layer(E, N=24, K=33, spread=0.0, bias=None):
     return tensors, TrainableLinear(tensors, (N, K), bias)
 
 
-def test_the_rate_of_latent_signs_falls_with_the_number_of_steps(tmp_path, caplog):
-    rates = [training.latent_rate(steps) for steps in (1, 60, 144, 1500, 3000)]
-    assert rates == pytest.approx([0.1, 0.1, 0.1, 0.031, 0.0219], rel=0.01)
+def test_the_rate_of_latent_signs_is_that_of_the_steps_unless_given(tmp_path, caplog):
     caplog.set_level("INFO")
     source = open_source(make_dense(tmp_path / "dense"), Options(experts=1))
     start = {f"{m}.{s}": t for m in source.modules for s, t in source.layer(m).tensors.items()}

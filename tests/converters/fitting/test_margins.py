@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from converters.fitting import svid
-from converters.fitting.margins import set_margins
+from converters.fitting.margins import latent_rate, set_margins
 from converters.fitting.student import TrainableLinear
 
 N, K = 24, 40
@@ -56,3 +56,8 @@ def test_the_size_of_the_loss_does_not_matter(layers):
 def test_a_student_without_gradients_keeps_equal_margins(layers):
     set_margins(layers, losses(layers, torch.zeros(1, 4, K)))
     assert all(torch.equal(layer.latent.abs(), torch.ones(N, K)) for layer in layers)
+
+
+def test_the_rate_falls_with_the_number_of_steps():
+    rates = [latent_rate(steps) for steps in (1, 60, 144, 1500, 3000)]
+    assert rates == pytest.approx([0.1, 0.1, 0.1, 0.031, 0.0219], rel=0.01)
