@@ -1,0 +1,235 @@
+"""Where does the time of a decode step go? The kernels of the 1-bit layers beside vLLM's own parts.
+
+    python benchmarks/step.py --shape llama-7b --batch 1 4 16 --json FILE
+
+Serves a model with random signs and scales (make_model.py), compiled as `vllm serve` does it, by a
+vLLM engine in this process. So many requests, each with a prompt of --prompt tokens, decode at the
+same time. Times of parts are medians over steps without a profiler; torch's profiler, in steps of
+its own, then divides the model's forward pass by operators. A markdown table is printed.
+"""
+
+import argparse
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from harness import (
+    common_parser,
+    logger,
+    machine_facts,
+    positive_int,
+    print_facts,
+    start,
+    write_json,
+)
+from make_model import SHAPES, make_bmos_model, with_layers
+from serving import DEFAULT_WORK
+
+WARM_STEPS = 4
+# Parts of the forward pass by what the names of their operators begin with. Only the outermost
+# operator of a call counts: each of these is one.
+OPERATORS = {
+    "1-bit layers": ("vllm_bmos::",),
+    "attention and KV cache": ("vllm::unified_attention", "vllm::unified_kv_cache_update"),
+}
+REST = "norms, rotary embedding, activations"
+ENGINE = "scheduler, inputs and outputs"
+
+
+class Stopwatch:
+    """Seconds that named parts took since the last `take`."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def of(self, part: str) -> Iterator[None]:
+        """Time what happens inside."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            elapsed = time.perf_counter() - begin
+            self.seconds[part] = self.seconds.get(part, 0.0) + elapsed
+
+    def around(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function`, timed."""
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            with self.of(part):
+                return function(*args, **kwargs)
+
+        return timed
+
+    def take(self) -> dict[str, float]:
+        """What was measured; begins again."""
+        seconds, self.seconds = self.seconds, {}
+        return seconds
+
+
+def main() -> int:
+    """Run the command line."""
+    args = parse_args()
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
+    os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
+    start(args.threads)
+    machine = machine_facts(args.threads)
+    print_facts(machine)
+    shape = with_layers(SHAPES[args.shape], args.layers)
+    model = args.work / f"{args.shape}-{shape.num_hidden_layers}-E{args.E}"
+    if not (model / "bmos_manifest.json").exists():  # the last file that is written
+        make_bmos_model(model, shape, args.E)
+    result: dict[str, Any] = {
+        "machine": machine,
+        "model": {"shape": args.shape, "layers": shape.num_hidden_layers, "E": args.E},
+        "prompt": args.prompt,
+        "steps": args.steps,
+        "rows": measure(model, args),
+    }
+    write_json(args.json, result)
+    print(table(result["rows"]))
+    return 0
+
+
+def parse_args() -> argparse.Namespace:
+    """Parse the command line."""
+    parser = common_parser((__doc__ or "").splitlines()[0], "step.json")
+    parser.add_argument("--shape", choices=SHAPES, default="llama-7b")
+    parser.add_argument("--layers", type=positive_int, help="fewer decoder blocks, for a trial")
+    parser.add_argument("--E", type=positive_int, default=4, help="experts of every linear layer")
+    parser.add_argument("--batch", nargs="+", type=positive_int, default=[1, 4, 16])
+    parser.add_argument("--prompt", type=positive_int, default=32, help="tokens of a prompt")
+    parser.add_argument("--steps", type=positive_int, default=16, help="measured for each batch")
+    parser.add_argument("--work", type=Path, default=DEFAULT_WORK, help="where the model is kept")
+    return parser.parse_args()
+
+
+def measure(model: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row for each batch: milliseconds of a step and of its parts."""
+    from vllm import LLM
+
+    longest = args.prompt + WARM_STEPS + 2 * args.steps + 2
+    llm = LLM(
+        str(model),
+        max_model_len=longest,
+        max_num_batched_tokens=max(longest, 512),
+        max_num_seqs=max(args.batch),
+        enable_prefix_caching=False,
+        skip_tokenizer_init=True,
+    )
+    watch = Stopwatch()
+    llm.apply_model(lambda model: watch_model(model, watch))
+    llm.collective_rpc(lambda worker: watch_sampler(worker, watch))
+    rows = []
+    for batch in args.batch:
+        rows.append(measure_batch(llm.llm_engine, watch, batch, args))
+        logger.info("%s", rows[-1])
+    return rows
+
+
+def watch_model(model: Any, watch: Stopwatch) -> None:
+    """Time the forward pass and the head of a model that vLLM has loaded."""
+    model.forward = watch.around("forward", model.forward)
+    model.compute_logits = watch.around("lm_head", model.compute_logits)
+
+
+def watch_sampler(worker: Any, watch: Stopwatch) -> None:
+    """Time the sampler of a worker."""
+    sampler = worker.model_runner.sampler
+    sampler.forward = watch.around("sampler", sampler.forward)
+
+
+def measure_batch(
+    engine: Any, watch: Stopwatch, batch: int, args: argparse.Namespace
+) -> dict[str, Any]:
+    """Milliseconds of a decode step of so many requests, and of its parts."""
+    from torch.profiler import ProfilerActivity, profile
+    from vllm import SamplingParams
+
+    length = WARM_STEPS + 2 * args.steps + 1
+    params = SamplingParams(temperature=0, max_tokens=length, ignore_eos=True, detokenize=False)
+    for request in range(batch):
+        prompt = [300 + (7 * request + i) % 500 for i in range(args.prompt)]
+        engine.add_request(f"{batch}-{request}", {"prompt_token_ids": prompt}, params)
+    while any(len(o.outputs[0].token_ids) < WARM_STEPS for o in _answers(engine, batch)):
+        pass
+    watch.take()
+    steps: list[dict[str, float]] = []
+    for _ in range(args.steps):
+        with watch.of("step"):
+            engine.step()
+        steps.append(watch.take())
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        for _ in range(args.steps):
+            engine.step()
+    profiled = watch.take()["forward"]
+    while engine.has_unfinished_requests():
+        engine.step()
+    watch.take()
+    ms = {part: 1e3 * statistics.median(step[part] for step in steps) for part in steps[0]}
+    share = operator_shares(profiler.key_averages(), profiled)
+    parts = {part: ms["forward"] * share[part] for part in share}
+    parts[REST] = ms["forward"] - sum(parts.values())
+    parts |= {"lm_head": ms["lm_head"], "sampler": ms["sampler"]}
+    parts[ENGINE] = ms["step"] - ms["forward"] - ms["lm_head"] - ms["sampler"]
+    return {
+        "batch": batch,
+        "step_ms": round(ms["step"], 2),
+        "tokens_per_s": round(1e3 * batch / ms["step"], 2),
+        "parts_ms": {part: round(value, 2) for part, value in parts.items()},
+    }
+
+
+def _answers(engine: Any, batch: int) -> list[Any]:
+    """The requests' outputs after one step in which all of them took part."""
+    while len(outputs := engine.step()) < batch:
+        pass
+    return list(outputs)
+
+
+def operator_shares(averages: Any, forward_seconds: float) -> dict[str, float]:
+    """Which part of the forward passes each of OPERATORS took, by torch's profiler.
+
+    Args:
+        averages: the profiler's `key_averages()`.
+        forward_seconds: of all forward passes that it saw.
+
+    Raises:
+        ValueError: if an operator was not seen: vLLM may call it otherwise.
+    """
+    shares = {}
+    for part, names in OPERATORS.items():
+        found = [event.cpu_time_total for event in averages if event.key.startswith(names)]
+        if not found:
+            raise ValueError(
+                f"{part}: expected operators {' or '.join(names)}*, found none of them. Add "
+                "this vLLM's name to OPERATORS."
+            )
+        shares[part] = sum(found) / 1e6 / forward_seconds
+    return shares
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Milliseconds and per cent of a step, a column a batch."""
+    lines = [
+        "| ms a step | " + " | ".join(f"batch {row['batch']}" for row in rows) + " |",
+        "| --- |" + " ---: |" * len(rows),
+    ]
+    for part in rows[0]["parts_ms"]:
+        cells = [
+            f"{row['parts_ms'][part]:.1f} ({row['parts_ms'][part] / row['step_ms']:.0%})"
+            for row in rows
+        ]
+        lines.append(f"| {part} | " + " | ".join(cells) + " |")
+    lines.append("| all | " + " | ".join(f"{row['step_ms']:.1f}" for row in rows) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
