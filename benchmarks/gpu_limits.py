@@ -56,7 +56,7 @@ GPUS = {
     "A100-80 SXM": Gpu(80, 108, 1.41, 2039, 312.0, 164 << 10),
     "H100 SXM": Gpu(90, 132, 1.83, 3350, 989.4, 228 << 10),
 }
-# The same for those that are only compared with a measurement. By what the driver calls a GPU.
+# By the driver's name, also those that are only compared with a measurement.
 DRIVER_NAMES = {
     "NVIDIA H100 80GB HBM3": GPUS["H100 SXM"],
     "NVIDIA H200": replace(GPUS["H100 SXM"], dram_gbs=4800),

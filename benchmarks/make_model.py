@@ -21,6 +21,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from vllm_bmos.checkpoint.format import (
     CONFIG_FILE,
     IN_SCALE,
+    MANIFEST_FILE,
     OUT_SCALE,
     ROUTER,
     WEIGHT,
@@ -90,6 +91,14 @@ def main() -> None:
 def with_layers(shape: Shape, layers: int | None) -> Shape:
     """The shape with another number of decoder blocks, if one is given."""
     return shape if layers is None else replace(shape, num_hidden_layers=layers)
+
+
+def kept_bmos_model(work: Path, name: str, shape: Shape, E: int) -> Path:
+    """The packed checkpoint of a shape called `name` in a folder, made if it is not there."""
+    directory = work / f"{name}-{shape.num_hidden_layers}-E{E}"
+    if not (directory / MANIFEST_FILE).exists():  # the last file that is written
+        make_bmos_model(directory, shape, E)
+    return directory
 
 
 def make_bmos_model(directory: Path, shape: Shape, E: int, seed: int = 0) -> None:

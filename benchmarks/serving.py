@@ -29,6 +29,7 @@ from limits import measure_limits
 from make_model import (
     SHAPES,
     Shape,
+    kept_bmos_model,
     make_bmos_model,
     with_layers,
     write_config,
@@ -126,10 +127,7 @@ def bench_bmos(shape: Shape, args: argparse.Namespace, load: Load) -> dict[str, 
     The first start compiles the model and fills vLLM's cache; what is measured is a start after it,
     but for the `first_` values.
     """
-    model = args.work / f"{args.shape}-{shape.num_hidden_layers}-E{args.E}"
-    if not (model / "bmos_manifest.json").exists():  # the last file that is written
-        logger.info("making %s", model)
-        make_bmos_model(model, shape, args.E)
+    model = kept_bmos_model(args.work, args.shape, shape, args.E)
     tiny = args.work / f"tiny-E{args.E}"
     make_bmos_model(tiny, SHAPES["tiny"], args.E)
     logger.info("serving %s and %s", tiny, model)

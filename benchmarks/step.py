@@ -2,10 +2,11 @@
 
     python benchmarks/step.py --shape llama-7b --batch 1 4 16 --json FILE
 
-Serves a model with random signs and scales (make_model.py), compiled as `vllm serve` does it, by a
-vLLM engine in this process. So many requests, each with a prompt of --prompt tokens, decode at the
-same time. Times of parts are medians over steps without a profiler; torch's profiler, in steps of
-its own, then divides the model's forward pass by operators. A markdown table is printed.
+A vLLM engine in this process runs a model with random signs and scales (make_model.py), compiled as
+`vllm serve` does it, on a CPU. So many requests, each with a prompt of --prompt tokens, decode at
+the same time. Times of parts are medians over steps without a profiler; torch's profiler, in steps
+of its own, then divides the model's forward pass by operators. A server's steps differ a little: it
+has tcmalloc, and makes its answers ready in another process. A markdown table is printed.
 """
 
 import argparse
@@ -27,17 +28,18 @@ from harness import (
     start,
     write_json,
 )
-from make_model import SHAPES, make_bmos_model, with_layers
+from make_model import SHAPES, kept_bmos_model, with_layers
 from serving import DEFAULT_WORK
+from vllm_bench import bound_to_cores
 
 WARM_STEPS = 4
-# Parts of the forward pass by what the names of their operators begin with. Only the outermost
-# operator of a call counts: each of these is one.
+# Parts of the forward pass by what the names of their operators begin with. Without a mixture of
+# experts none of these calls another of them, so that their times add up.
 OPERATORS = {
     "1-bit layers": ("vllm_bmos::",),
     "attention and KV cache": ("vllm::unified_attention", "vllm::unified_kv_cache_update"),
 }
-REST = "norms, rotary embedding, activations"
+REST = "norms, rotary embedding, activations, embedding"
 ENGINE = "scheduler, inputs and outputs"
 
 
@@ -75,16 +77,13 @@ class Stopwatch:
 def main() -> int:
     """Run the command line."""
     args = parse_args()
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", **bound_to_cores(args.threads)}
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
-    os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
     start(args.threads)
     machine = machine_facts(args.threads)
     print_facts(machine)
     shape = with_layers(SHAPES[args.shape], args.layers)
-    model = args.work / f"{args.shape}-{shape.num_hidden_layers}-E{args.E}"
-    if not (model / "bmos_manifest.json").exists():  # the last file that is written
-        make_bmos_model(model, shape, args.E)
+    model = kept_bmos_model(args.work, args.shape, shape, args.E)
     result: dict[str, Any] = {
         "machine": machine,
         "model": {"shape": args.shape, "layers": shape.num_hidden_layers, "E": args.E},
@@ -111,14 +110,22 @@ def parse_args() -> argparse.Namespace:
 
 
 def measure(model: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """A row for each batch: milliseconds of a step and of its parts."""
-    from vllm import LLM
+    """A row for each batch: milliseconds of a step and of its parts.
 
+    Raises:
+        RuntimeError: if vLLM runs on something else than a CPU, whose work would be waited for
+            elsewhere than where it is begun.
+    """
+    from vllm import LLM
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        raise RuntimeError(f"expected vLLM for a CPU, found {current_platform.device_type}")
     longest = args.prompt + WARM_STEPS + 2 * args.steps + 2
     llm = LLM(
         str(model),
         max_model_len=longest,
-        max_num_batched_tokens=max(longest, 512),
+        max_num_batched_tokens=max(longest, max(args.batch) * args.prompt),  # one prefill
         max_num_seqs=max(args.batch),
         enable_prefix_caching=False,
         skip_tokenizer_init=True,
@@ -157,17 +164,17 @@ def measure_batch(
     for request in range(batch):
         prompt = [300 + (7 * request + i) % 500 for i in range(args.prompt)]
         engine.add_request(f"{batch}-{request}", {"prompt_token_ids": prompt}, params)
-    while any(len(o.outputs[0].token_ids) < WARM_STEPS for o in _answers(engine, batch)):
-        pass
+    for _ in range(WARM_STEPS):  # the first is the prefill
+        step_of_all(engine, batch)
     watch.take()
     steps: list[dict[str, float]] = []
     for _ in range(args.steps):
         with watch.of("step"):
-            engine.step()
+            step_of_all(engine, batch)
         steps.append(watch.take())
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         for _ in range(args.steps):
-            engine.step()
+            step_of_all(engine, batch)
     profiled = watch.take()["forward"]
     while engine.has_unfinished_requests():
         engine.step()
@@ -186,11 +193,20 @@ def measure_batch(
     }
 
 
-def _answers(engine: Any, batch: int) -> list[Any]:
-    """The requests' outputs after one step in which all of them took part."""
-    while len(outputs := engine.step()) < batch:
-        pass
-    return list(outputs)
+def step_of_all(engine: Any, batch: int) -> None:
+    """One step, in which every request gets a token.
+
+    Raises:
+        RuntimeError: if some did not: the KV cache is too small for all, say.
+    """
+    while not (outputs := engine.step()):
+        if not engine.has_unfinished_requests():
+            raise RuntimeError("the requests ended before all steps were measured")
+    if len(outputs) != batch:
+        raise RuntimeError(
+            f"expected tokens for {batch} requests in a step, found {len(outputs)}: "
+            "VLLM_CPU_KVCACHE_SPACE (GB) may be too small for all of them at once"
+        )
 
 
 def operator_shares(averages: Any, forward_seconds: float) -> dict[str, float]:

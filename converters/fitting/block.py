@@ -5,8 +5,8 @@ Block-wise reconstruction as in EfficientQAT (arXiv 2407.11062, Block-AP) and Na
 it; the target is what the dense block makes of the dense model's own inputs, so a block also learns
 to undo what it inherits. A token's squared error counts in proportion to 1/|h|^2, as in `hessian`.
 Latent signs, as far from their flips as these cost (margins.py), and scales are trained by Adam
-with a straight-through gradient, in many small steps: every token has a target of its own size, so
-a few hundred of them agree on a flip. A block is kept only if its error on held-out text fell.
+with a straight-through gradient, in many small steps: a token's target is a whole hidden state, so
+a few hundred tokens settle a flip. A block is kept only if its error on held-out text fell.
 
 Memory: one block twice, its optimizer, and the hidden states of both models. It runs on one core.
 """
@@ -43,7 +43,7 @@ class BlockOptions:
 
     Attributes:
         epochs: passes over the calibration text for each block.
-        length: tokens in a window of training.
+        length: tokens in a window of training, into which run.py cuts.
         batch: windows in one step.
         latent_lr: learning rate of latent signs, relative to the least distance from a flip; None
             for that of `latent_rate`.
@@ -116,8 +116,10 @@ def fit(
     if options.latent_lr is None:
         options = replace(options, latent_lr=latent_rate(steps))
     logger.info(
-        "block: %d steps a block, %d windows of %d tokens each",
-        *(steps, options.batch, train.shape[1]),
+        "block: %d steps a block, each of %d windows of %d tokens",
+        steps,
+        options.batch,
+        train.shape[1],
     )
     logger.info("learning rate of latent signs: %.3g", options.latent_lr)
     result: Tensors = {}
@@ -133,7 +135,8 @@ def fit(
                 text.advance(index, teacher, None)  # now it holds the target
             if tensors is None:
                 student = _student(teacher, packed)
-                kept = _train(student, texts, index, options, seed + index)
+                # All layers of a block may stay dense.
+                kept = bool(packed) and _train(student, texts, index, options, seed + index)
                 if kept:
                     layers = trainable_layers(student)
                     packed = {name: layers[name].pack(scale_dtype) for name in packed}
@@ -178,7 +181,7 @@ def _train(
     layers = list(trainable_layers(student).values())
     started = [(layer, layer.latent.detach().sign()) for layer in layers]
     before = _held_out_error(student, held_out, index)
-    few = torch.arange(min(MARGIN_WINDOWS, len(train.hidden)))
+    few = torch.linspace(0, len(train.hidden) - 1, min(MARGIN_WINDOWS, len(train.hidden))).long()
     set_margins(layers, (loss_on(row) for row in few.split(1)))
     batches = list(_batches(len(train.hidden), options, seed))
     scales = [p for layer in layers for p in (layer.factor_in, layer.factor_out)]

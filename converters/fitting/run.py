@@ -77,6 +77,7 @@ class Fit:
     Attributes:
         plan: of the conversion of what is fitted.
         pieces: the windows for training end to end, which may be shorter than the others.
+        block_pieces: those of stage block.
 
     Raises:
         FormatError: if the source is not a dense model or has no tokenizer.
@@ -107,6 +108,10 @@ class Fit:
             # A step has windows of every process.
             facts[PROCESSES] = world_size()
             trained = trainings * tokens_of(options.distill, length, world_size())
+        if block.STAGE in self.stages:
+            windows = self.text.train[: options.windows]
+            length = min(options.block.length, windows.shape[1])
+            self.block_pieces = cut(windows, length, self.text.bos)
         before = facts.get("start_from", {"stages": [], "trained_tokens": 0})
         used = {"distill" if name in DISTILLED else name for name in self.stages}
         provenance = {
@@ -198,11 +203,10 @@ class Fit:
         if stage == hessian.STAGE:
             return hessian.fit(model, train, 1, scale_dtype, folder, options.hessian, threads)
         start = with_experts(self.source.tensors, self.source.modules, 1)
-        length = min(options.block.length, train.shape[1])
         return block.fit(
             model,
             start,
-            cut(train, length, self.text.bos),
+            self.block_pieces,
             self.text.held_out,
             scale_dtype,
             folder,

@@ -2,7 +2,8 @@
 
 vLLM packs the weight of every embedding layer for oneDNN, also of one that is only looked up, and
 keeps the packed weight of an lm_head beside the plain one. Beside 1-bit layers each such copy is
-a fifth of the model. And malloc keeps some of the activations of vLLM's warm-up, whose step is as
+a fifth of the model. Where oneDNN has no fast product of the weight's dtype (narrow.py), the plain
+weight is all there is. And malloc keeps some of the activations of vLLM's warm-up, whose step is as
 long as a server's longest, 70 to 220 MB for a 7B model. The head comes last in that step, so here
 they can be given back.
 """
@@ -20,6 +21,8 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 from vllm.platforms import current_platform
 
 from vllm_bmos.plugin.memory import give_back_freed
+from vllm_bmos.plugin.narrow import lacks_products
+from vllm_bmos.plugin.narrow import linear as narrow_linear
 
 # Layers whose packed weight stands beside the plain one. vLLM reloads the table of a tied head, and
 # not the head.
@@ -47,9 +50,7 @@ class LeanEmbeddingMethod(UnquantizedEmbeddingMethod):
         if not current_platform.is_cpu():
             return
         if isinstance(layer, ParallelLMHead):
-            dispatch_cpu_unquantized_gemm(layer, remove_weight=not self.keep_weight)
-            if self.keep_weight:
-                _packed_of_plain.add(layer)
+            _choose_product(layer, self.keep_weight)
             return
         # New weights of a table, which heads may share: `apply` packs them anew.
         for stale in (layer, *_packed_of_plain):
@@ -63,9 +64,18 @@ class LeanEmbeddingMethod(UnquantizedEmbeddingMethod):
     ) -> torch.Tensor:
         if current_platform.is_cpu() and not hasattr(layer, "cpu_linear"):
             # Models without an lm_head of their own use the embedding as one.
-            dispatch_cpu_unquantized_gemm(layer, remove_weight=False)
-            _packed_of_plain.add(layer)
+            _choose_product(layer, keep_weight=True)
         if not self.warm:
             self.warm = True
             give_back_freed()
         return super().apply(layer, x, bias)
+
+
+def _choose_product(layer: torch.nn.Module, keep_weight: bool) -> None:
+    """Give a head the product that its logits are made by."""
+    if lacks_products(layer.get_parameter("weight").dtype):
+        layer.cpu_linear = narrow_linear  # type: ignore[assignment]
+        return
+    dispatch_cpu_unquantized_gemm(layer, remove_weight=not keep_weight)
+    if keep_weight:
+        _packed_of_plain.add(layer)

@@ -63,12 +63,35 @@ def test_costly_signs_are_farther_from_a_flip(setting, monkeypatch):
     assert all(max(margins) > 2 for _, margins in seen)
 
 
-def test_the_rate_of_latent_signs_is_that_of_the_steps_unless_given(setting, caplog):
+@pytest.mark.parametrize(("given", "used"), [(None, 0.03), (0.06, 0.06)])
+def test_the_rate_of_latent_signs_is_that_of_the_steps_unless_given(
+    setting, monkeypatch, caplog, given, used
+):
     caplog.set_level("INFO")
-    for given, said in [(None, "0.1"), (0.06, "0.06")]:
-        run(setting, f"rate-{given}", replace(OPTIONS, epochs=1, batch=3, latent_lr=given))
-        assert "3 steps a block, 3 windows of 64 tokens each" in caplog.text
-        assert f"learning rate of latent signs: {said}\n" in caplog.text
+    rates, Adam = [], torch.optim.Adam
+
+    def watched(groups, **options):
+        rates.append(groups[0]["lr"])
+        return Adam(groups, **options)
+
+    monkeypatch.setattr(torch.optim, "Adam", watched)
+    monkeypatch.setattr(block, "latent_rate", {3: 0.03}.__getitem__)  # of as many steps
+    run(setting, f"rate-{given}", replace(OPTIONS, epochs=1, batch=3, latent_lr=given))
+    assert rates == [used, used]  # two blocks
+    assert "3 steps a block, each of 3 windows of 64 tokens" in caplog.text
+    assert f"learning rate of latent signs: {used}\n" in caplog.text
+
+
+def test_a_block_of_which_nothing_is_packed_stays(tmp_path):
+    ignore = (r"layers\.0\.",)
+    source = open_source(make_dense(tmp_path / "dense"), Options(experts=1, ignore=ignore))
+    start = {f"{m}.{s}": t for m in source.modules for s, t in source.layer(m).tensors.items()}
+    tokens = torch.randint(0, VOCAB, (4, 32), generator=torch.Generator().manual_seed(0))
+    for resume in (False, True):
+        with FitFolder(tmp_path / "packed", {"fit": 1}, resume) as folder:
+            model = BlockModel(source)
+            result = block.fit(model, start, tokens, tokens, torch.float16, folder, OPTIONS)
+        assert result.keys() == start.keys()
 
 
 def test_a_resumed_fit_gives_the_same_bytes(setting):

@@ -5,7 +5,7 @@
 runs the real launcher on tensors without storage, records every launch, compiles each exactly as
 Triton would at that launch, and prints registers, spills, shared memory, the tensor-core
 instructions and the instructions per weight of the hottest loop. `tests/kernels/triton` asserts on
-these facts and `benchmarks/gpu_model.py` computes with them. Compiling needs a process without
+these facts and `benchmarks/gpu_limits.py` computes with them. Compiling needs a process without
 TRITON_INTERPRET=1.
 """
 
