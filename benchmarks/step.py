@@ -4,14 +4,13 @@
 
 A vLLM engine in this process runs a model with random signs and scales (make_model.py), compiled as
 `vllm serve` does it, on a CPU. So many requests, each with a prompt of --prompt tokens, decode at
-the same time. Times of parts are medians over steps without a profiler; torch's profiler, in steps
-of its own, then divides the model's forward pass by operators. A server's steps differ a little: it
+the same time. Times of parts are those of the median step without a profiler; torch's profiler, in
+steps of its own, then divides the model's forward pass by operators. A server's steps differ a little: it
 has tcmalloc, and makes its answers ready in another process. A markdown table is printed.
 """
 
 import argparse
 import os
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -179,7 +178,8 @@ def measure_batch(
     while engine.has_unfinished_requests():
         engine.step()
     watch.take()
-    ms = {part: 1e3 * statistics.median(step[part] for step in steps) for part in steps[0]}
+    median = sorted(steps, key=lambda step: step["step"])[args.steps // 2]  # its parts add up
+    ms = {part: 1e3 * seconds for part, seconds in median.items()}
     share = operator_shares(profiler.key_averages(), profiled)
     parts = {part: ms["forward"] * share[part] for part in share}
     parts[REST] = ms["forward"] - sum(parts.values())
