@@ -5,8 +5,8 @@
 A vLLM engine in this process runs a model with random signs and scales (make_model.py), compiled as
 `vllm serve` does it, on a CPU. So many requests, each with a prompt of --prompt tokens, decode at
 the same time. Times of parts are those of the median step without a profiler; torch's profiler, in
-steps of its own, then divides the model's forward pass by operators. A server's steps differ a little: it
-has tcmalloc, and makes its answers ready in another process. A markdown table is printed.
+steps of its own, then divides the model's forward pass by operators. A server's steps differ a
+little: it has tcmalloc, and makes answers ready in another process. A markdown table is printed.
 """
 
 import argparse
