@@ -181,7 +181,8 @@ def _train(
     layers = list(trainable_layers(student).values())
     started = [(layer, layer.latent.detach().sign()) for layer in layers]
     before = _held_out_error(student, held_out, index)
-    few = torch.linspace(0, len(train.hidden) - 1, min(MARGIN_WINDOWS, len(train.hidden))).long()
+    every = math.ceil(len(train.hidden) / MARGIN_WINDOWS)  # so that all texts have a say
+    few = torch.arange(0, len(train.hidden), every)
     set_margins(layers, (loss_on(row) for row in few.split(1)))
     batches = list(_batches(len(train.hidden), options, seed))
     scales = [p for layer in layers for p in (layer.factor_in, layer.factor_out)]
