@@ -2,7 +2,8 @@
 
 Up to AVX2 neither oneDNN nor torch has a fast product of bfloat16 or float16. A few tokens wait for
 the memory all the same, but for many torch's own takes up to seven times as long as converting the
-weights and multiplying in float32: an lm_head then takes half as long as all 1-bit layers.
+weights and multiplying in float32: for 16 tokens a 7B model's lm_head took more than a third of the
+time of all its 1-bit layers.
 """
 
 import torch
