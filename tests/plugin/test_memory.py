@@ -99,5 +99,5 @@ def test_the_engine_refuses_it_at_load(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # so that what is patched is used
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     monkeypatch.setattr(config, "available_bytes", lambda: 1000)
-    with pytest.raises(ValueError, match=r"The weights take .* GB on this rank"):
+    with pytest.raises(ValueError, match=r"The weights take .* GB on this machine"):
         vllm_answers(path, "float32", max_model_len=64)
