@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from harness import positive_int
 from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
@@ -31,6 +32,7 @@ from vllm_bmos.checkpoint.format import (
 )
 from vllm_bmos.checkpoint.writer import CheckpointWriter
 
+DEFAULT_WORK = Path.home() / ".cache" / "vllm-bmos" / "benchmarks"
 MAX_SHARD_BYTES = 2 * 10**9
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>")
 SCALE_DTYPE = "float16"
@@ -86,6 +88,14 @@ def main() -> None:
     shape = with_layers(SHAPES[args.shape], args.layers)
     make_bmos_model(args.out, shape, args.E, args.seed)
     print(args.out)
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of benchmarks that run a whole model: its shape, and where it is kept."""
+    parser.add_argument("--shape", choices=SHAPES, default="llama-7b")
+    parser.add_argument("--layers", type=positive_int, help="fewer decoder blocks, for a trial")
+    parser.add_argument("--E", type=positive_int, default=4, help="experts of every linear layer")
+    parser.add_argument("--work", type=Path, default=DEFAULT_WORK, help="where models are kept")
 
 
 def with_layers(shape: Shape, layers: int | None) -> Shape:

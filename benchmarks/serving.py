@@ -29,6 +29,7 @@ from limits import measure_limits
 from make_model import (
     SHAPES,
     Shape,
+    add_model_flags,
     kept_bmos_model,
     make_bmos_model,
     with_layers,
@@ -38,7 +39,6 @@ from make_model import (
 from peers.llama_cpp_linear import LlamaCpp
 from vllm_bench import Load, measure_server
 
-DEFAULT_WORK = Path.home() / ".cache" / "vllm-bmos" / "benchmarks"
 PROVIDERS = ("vllm_bmos", "vllm_bf16", "llama_cpp")
 LLAMA_TYPES = ("q1_0", "q4_0")
 
@@ -97,9 +97,7 @@ def bench(
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = common_parser(__doc__.splitlines()[0], "serving.json")
-    parser.add_argument("--shape", choices=SHAPES, default="llama-7b")
-    parser.add_argument("--layers", type=positive_int, help="fewer decoder blocks, for a trial")
-    parser.add_argument("--E", type=positive_int, default=4, help="experts of every linear layer")
+    add_model_flags(parser)
     parser.add_argument("--batch", nargs="+", type=positive_int, default=[1, 4, 16])
     parser.add_argument("--prompt", type=positive_int, default=512, help="tokens of the prefill")
     parser.add_argument("--output", type=positive_int, default=64, help="tokens decoded a request")
@@ -111,7 +109,6 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         help="two depths of the dense model, from which its full depth is extrapolated",
     )
     parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=list(PROVIDERS))
-    parser.add_argument("--work", type=Path, default=DEFAULT_WORK, help="where the models are kept")
     parser.add_argument(
         "--serve-options", nargs=argparse.REMAINDER, default=[], help="for `vllm serve`"
     )

@@ -27,8 +27,7 @@ from harness import (
     start,
     write_json,
 )
-from make_model import SHAPES, kept_bmos_model, with_layers
-from serving import DEFAULT_WORK
+from make_model import SHAPES, add_model_flags, kept_bmos_model, with_layers
 from vllm_bench import bound_to_cores
 
 WARM_STEPS = 4
@@ -98,13 +97,10 @@ def main() -> int:
 def parse_args() -> argparse.Namespace:
     """Parse the command line."""
     parser = common_parser((__doc__ or "").splitlines()[0], "step.json")
-    parser.add_argument("--shape", choices=SHAPES, default="llama-7b")
-    parser.add_argument("--layers", type=positive_int, help="fewer decoder blocks, for a trial")
-    parser.add_argument("--E", type=positive_int, default=4, help="experts of every linear layer")
+    add_model_flags(parser)
     parser.add_argument("--batch", nargs="+", type=positive_int, default=[1, 4, 16])
     parser.add_argument("--prompt", type=positive_int, default=32, help="tokens of a prompt")
     parser.add_argument("--steps", type=positive_int, default=16, help="measured for each batch")
-    parser.add_argument("--work", type=Path, default=DEFAULT_WORK, help="where the model is kept")
     return parser.parse_args()
 
 

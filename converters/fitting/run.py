@@ -103,15 +103,13 @@ class Fit:
         trainings = len(set(DISTILLED) & set(self.stages))
         trained = 0
         if trainings:
-            length = min(options.distill.length, self.text.train.shape[1])
-            self.pieces = cut(self.text.train, length, self.text.bos)
+            self.pieces = self._cut(self.text.train, options.distill.length)
             # A step has windows of every process.
             facts[PROCESSES] = world_size()
+            length = self.pieces.shape[1]
             trained = trainings * tokens_of(options.distill, length, world_size())
         if block.STAGE in self.stages:
-            windows = self.text.train[: options.windows]
-            length = min(options.block.length, windows.shape[1])
-            self.block_pieces = cut(windows, length, self.text.bos)
+            self.block_pieces = self._cut(self.text.train[: options.windows], options.block.length)
         before = facts.get("start_from", {"stages": [], "trained_tokens": 0})
         used = {"distill" if name in DISTILLED else name for name in self.stages}
         provenance = {
@@ -138,6 +136,10 @@ class Fit:
         if windows > options.windows and BY_BLOCK & set(self.stages):
             text.record["windows_by_block"] = min(options.windows, len(text.train))
         return text
+
+    def _cut(self, windows: torch.Tensor, length: int) -> torch.Tensor:
+        """Windows as shorter ones of a length, or as they are if they are no longer than that."""
+        return cut(windows, min(length, windows.shape[1]), self.text.bos)
 
     def run(self, target: Path, resume: bool, threads: int = 0) -> None:
         """Fit, or continue to; then `plan` can be converted.
