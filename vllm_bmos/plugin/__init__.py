@@ -36,10 +36,10 @@ def register() -> None:
     from vllm.envs import environment_variables
 
     from vllm_bmos.kernels import ENVIRONMENT
-
-    for name in ENVIRONMENT:
-        environment_variables.setdefault(name, partial(os.environ.get, name))
-
     from vllm_bmos.plugin.config import BinaryMosVllmConfig
+    from vllm_bmos.plugin.int8_embedding import EMBEDDINGS_ENV
+
+    for name in (*ENVIRONMENT, EMBEDDINGS_ENV):
+        environment_variables.setdefault(name, partial(os.environ.get, name))
 
     register_quantization_config(QUANT_METHOD)(BinaryMosVllmConfig)

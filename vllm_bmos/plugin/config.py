@@ -19,6 +19,7 @@ from vllm_bmos.checkpoint import QUANT_METHOD, BinaryMosConfig, Checkpoint, Form
 from vllm_bmos.checkpoint.format import BIAS, INDEX_FILE, MANIFEST_FILE, SINGLE_FILE
 from vllm_bmos.checkpoint.reader import read_weight_map
 from vllm_bmos.plugin.embedding import LeanEmbeddingMethod
+from vllm_bmos.plugin.int8_embedding import EMBEDDINGS_ENV, Int8EmbeddingMethod, int8_wanted
 from vllm_bmos.plugin.linear import BinaryMosLinearMethod
 from vllm_bmos.plugin.memory import available_bytes, check_memory
 from vllm_bmos.plugin.moe import BinaryMosMoEMethod
@@ -83,6 +84,7 @@ class BinaryMosVllmConfig(QuantizationConfig):
         self.biases: dict[str, bool] | None = None
         self.nbytes = 0
         self._claimed: set[str] = set()
+        self._in_8_bits = False
 
     @classmethod
     def get_name(cls) -> Any:
@@ -147,7 +149,12 @@ class BinaryMosVllmConfig(QuantizationConfig):
             return self._experts_method(layer, prefix)
         if not isinstance(layer, LinearBase):
             self._refuse_quantized(layer, prefix)
-            return LeanEmbeddingMethod() if isinstance(layer, VocabParallelEmbedding) else None
+            if not isinstance(layer, VocabParallelEmbedding):
+                return None
+            if not int8_wanted():
+                return LeanEmbeddingMethod()
+            self._in_8_bits = True
+            return Int8EmbeddingMethod(prefix)
         names = self._claim(prefix, self.shard_names(prefix))
         if names is None:
             return UnquantizedLinearMethod()
@@ -222,6 +229,12 @@ class BinaryMosVllmConfig(QuantizationConfig):
                 len(left),
                 left[0],
                 "|".join(sorted({name.rpartition(".")[2] for name in left})),
+            )
+        if int8_wanted() and not self._in_8_bits:
+            logger.warning_once(
+                "BinaryMoS: %s changes nothing here: vLLM builds this model's embeddings and "
+                "lm_head without quantization.",
+                EMBEDDINGS_ENV,
             )
         return super().get_cache_scale_mapper()
 

@@ -3,9 +3,7 @@
 vLLM packs the weight of every embedding layer for oneDNN, also of one that is only looked up, and
 keeps the packed weight of an lm_head beside the plain one. Beside 1-bit layers each such copy is
 a fifth of the model. Where oneDNN has no fast product of the weight's dtype (narrow.py), the plain
-weight is all there is. And malloc keeps some of the activations of vLLM's warm-up, whose step is as
-long as a server's longest, 70 to 220 MB for a 7B model. The head comes last in that step, so here
-they can be given back.
+weight is all there is.
 """
 
 from weakref import WeakSet
@@ -29,12 +27,29 @@ from vllm_bmos.plugin.narrow import linear as narrow_linear
 _packed_of_plain: "WeakSet[torch.nn.Module]" = WeakSet()
 
 
+class AfterWarmUp:
+    """Gives back what vLLM's warm-up freed, on a CPU.
+
+    malloc keeps some of the activations of that step, which is as long as a server's longest: 70 to
+    220 MB for a 7B model. The head comes last in it.
+    """
+
+    def __init__(self) -> None:
+        self.done = not current_platform.is_cpu()
+
+    def __call__(self) -> None:
+        """Do so if it was not done yet; to be called with every head's product."""
+        if not self.done:
+            self.done = True
+            give_back_freed()
+
+
 class LeanEmbeddingMethod(UnquantizedEmbeddingMethod):
     """The unquantized method, with one copy of the weight wherever one is enough."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.warm = not current_platform.is_cpu()
+        self.after_warm_up = AfterWarmUp()
         config = get_current_vllm_config_or_none()
         model = None if config is None else config.model_config
         # Tied, the head's weight is also the table that is looked up; in another dtype than the
@@ -65,9 +80,7 @@ class LeanEmbeddingMethod(UnquantizedEmbeddingMethod):
         if current_platform.is_cpu() and not hasattr(layer, "cpu_linear"):
             # Models without an lm_head of their own use the embedding as one.
             _choose_product(layer, keep_weight=True)
-        if not self.warm:
-            self.warm = True
-            give_back_freed()
+        self.after_warm_up()
         return super().apply(layer, x, bias)
 
 

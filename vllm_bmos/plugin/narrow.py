@@ -28,8 +28,30 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     """x[M,K] @ weight[N,K].T + bias[N] in x's dtype; for many tokens sums are float32's."""
     if x.ndim != 2 or len(x) < FEW:
         return torch.nn.functional.linear(x, weight, bias)
-    wide, y = x.float(), x.new_empty(len(x), len(weight))
-    part = wide.new_empty(ROWS, x.shape[1])
-    for rows, found in zip(weight.split(ROWS), y.split(ROWS, dim=1), strict=True):
-        found.copy_(wide @ part[: len(rows)].copy_(rows).T)
-    return y if bias is None else y.add_(bias)
+    return linear_in_parts(x, weight, bias)
+
+
+def linear_in_parts(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """x[...,K] @ (weight[N,K] * scale[N,1]).T + bias[N] in x's dtype, ROWS of the weight at a time.
+
+    The weight may have any dtype whose values x's dtype can hold.
+    """
+    wide = x.reshape(-1, x.shape[-1])
+    if lacks_products(x.dtype):
+        wide = wide.float()
+    y = x.new_empty(len(wide), len(weight))
+    part = wide.new_empty(ROWS, x.shape[-1])
+    if scale is not None:
+        scale = scale.to(torch.promote_types(scale.dtype, part.dtype))
+    for start in range(0, len(weight), ROWS):
+        rows = slice(start, start + ROWS)
+        block = part[: len(weight[rows])].copy_(weight[rows])
+        if scale is not None:  # before the product: its sums may be too large for float16 without
+            block *= scale[rows].unsqueeze(1)
+        y[:, rows] = wide @ block.T
+    return (y if bias is None else y.add_(bias)).view(*x.shape[:-1], len(weight))

@@ -1,0 +1,141 @@
+"""Embeddings and lm_head in 8 bits, on a CPU, where VLLM_BMOS_EMBEDDINGS=int8 asks for it.
+
+Beside 1-bit layers they are most of what is left: 0.5 of a LLaMA-7B's 1.4 GB, 2.5 of a Qwen3-8B's
+3.4, and each step reads the whole head. A row, one word of the vocabulary, becomes integers from
+-127 to 127 and one scale, when the weights are loaded; the checkpoint stays as it is.
+"""
+
+import os
+from typing import Any
+
+import torch
+from torch.nn import Parameter
+from typing_extensions import override
+from vllm.config import get_current_vllm_config_or_none
+from vllm.logger import init_logger
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+from vllm.platforms import current_platform
+
+from vllm_bmos.plugin import narrow
+from vllm_bmos.plugin.embedding import AfterWarmUp, LeanEmbeddingMethod
+from vllm_bmos.plugin.state import STATE_FORMATS
+
+__all__ = ["EMBEDDINGS_ENV", "Int8EmbeddingMethod", "int8_wanted", "linear", "quantize"]
+
+logger = init_logger(__name__)
+
+EMBEDDINGS_ENV = "VLLM_BMOS_EMBEDDINGS"
+LARGEST = 127
+MULTIPLE = 64  # of N and K, for torch's kernel, which reads beyond a row that is not whole vectors
+
+
+def int8_wanted() -> bool:
+    """Whether VLLM_BMOS_EMBEDDINGS asks for 8 bits.
+
+    Raises:
+        ValueError: if it asks for something else, or where 8 bits cannot be had.
+    """
+    value = os.environ.get(EMBEDDINGS_ENV)
+    if not value:
+        return False
+    told = f"{EMBEDDINGS_ENV}={value}"
+    if value != "int8":
+        raise ValueError(f"{told}: unknown; it takes int8. Unset it to keep the dtype.")
+    if not current_platform.is_cpu():
+        raise ValueError(f"{told} is for CPUs only. Unset it to serve on this device.")
+    config = get_current_vllm_config_or_none()
+    if config is not None and config.load_config.load_format in STATE_FORMATS:
+        raise ValueError(
+            f"{told}: --load-format {config.load_config.load_format} takes tensors as they were in "
+            "memory, so nothing can be quantized. Unset it, or serve the checkpoint itself."
+        )
+    return True
+
+
+class Int8EmbeddingMethod(QuantizeMethodBase):
+    """Loads a table as it is and keeps integers: `weight` int8[N,K] and `weight_scale`[N].
+
+    It is no UnquantizedEmbeddingMethod, as vLLM multiplies by the weights of those itself where
+    logits are to have another dtype.
+
+    Args:
+        name: of the layer, for the log.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.after_warm_up = AfterWarmUp()
+        self.plain: LeanEmbeddingMethod | None = None  # of a head that shares a dense table
+
+    @override
+    def create_weights(self, layer: torch.nn.Module, *sizes: Any, **attributes: Any) -> None:
+        UnquantizedEmbeddingMethod().create_weights(layer, *sizes, **attributes)
+        weight = layer.get_parameter("weight")
+        weight.row_scale = None  # type: ignore[attr-defined]
+        layer.activation_dtype = weight.dtype  # type: ignore[assignment]
+
+    @override
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        weight = layer.get_parameter("weight")
+        if not hasattr(weight, "row_scale"):
+            logger.warning(
+                "BinaryMoS: %s stays as it is: it is tied to a table that vLLM builds without "
+                "quantization for this model.",
+                self.name,
+            )
+            self.plain = LeanEmbeddingMethod()
+            self.plain.process_weights_after_loading(layer)
+            return
+        if weight.dtype != torch.int8:
+            # The parameter stays, as a tied head has the same one; so does its scale.
+            weight.data, weight.row_scale = quantize(weight.data)
+            logger.info("BinaryMoS: %s is kept in 8 bits.", self.name)
+        layer.register_buffer("weight_scale", weight.row_scale)
+
+    @override
+    def embedding(self, layer: torch.nn.Module, input_: torch.Tensor) -> torch.Tensor:
+        scale = layer.get_buffer("weight_scale")
+        codes = torch.nn.functional.embedding(input_, layer.get_parameter("weight"))
+        found = codes.to(scale.dtype) * scale[input_].unsqueeze(-1)
+        return found.to(layer.activation_dtype)  # type: ignore[arg-type]
+
+    @override
+    def apply(
+        self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        if self.plain is not None:
+            return self.plain.apply(layer, x, bias)
+        self.after_warm_up()
+        return linear(x, layer.get_parameter("weight"), layer.get_buffer("weight_scale"), bias)
+
+
+def quantize(weight: Parameter | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Integers and scales of the rows of weight[N,K]: int8[N,K] and [N].
+
+    Scales are bfloat16 for a bfloat16 weight, as torch's kernel wants them, else float32; the
+    integers are those of the rounded scale.
+    """
+    dtype = torch.bfloat16 if weight.dtype == torch.bfloat16 else torch.float32
+    scale = (weight.abs().amax(1).float() / LARGEST).clamp_(min=torch.finfo(dtype).tiny).to(dtype)
+    codes = torch.empty_like(weight, dtype=torch.int8)
+    parts = zip(*(t.split(narrow.ROWS) for t in (weight, scale, codes)), strict=True)
+    for rows, row_scale, found in parts:
+        wide = rows.float() / row_scale.float().unsqueeze(1)
+        found.copy_(wide.round_().clamp_(-LARGEST, LARGEST))
+    return codes, scale
+
+
+def linear(
+    x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """x[M,K] @ (codes[N,K] * scale[N,1]).T + bias[N] in x's dtype.
+
+    torch's kernel for few tokens in bfloat16, the only dtype that it is fast in; else integers are
+    widened in parts that stay in the caches.
+    """
+    few = x.ndim == 2 and len(x) < narrow.FEW
+    if few and x.dtype == torch.bfloat16 and not any(n % MULTIPLE for n in codes.shape):
+        y = torch._weight_int8pack_mm(x.contiguous(), codes, scale)
+        return y if bias is None else y.add_(bias)
+    return narrow.linear_in_parts(x, codes, bias, scale)
