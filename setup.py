@@ -18,7 +18,9 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-BASELINE = ["bmos", "call", "with_tables", "as_product", "isa", "kernels_portable", "torch_op"]
+BASELINE = [
+    *("bmos", "call", "with_tables", "as_product", "dense", "isa", "kernels_portable", "torch_op"),
+]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [
     *AVX2,

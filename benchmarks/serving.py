@@ -40,6 +40,8 @@ from peers.llama_cpp_linear import LlamaCpp
 from vllm_bench import Load, measure_server
 
 PROVIDERS = ("vllm_bmos", "vllm_bf16", "llama_cpp")
+IN_8_BITS = "8-bit embeddings"  # the mode of the rows that have them
+EMBEDDINGS_ENV = "VLLM_BMOS_EMBEDDINGS"
 LLAMA_TYPES = ("q1_0", "q4_0")
 
 
@@ -77,7 +79,7 @@ def bench(
 ) -> Iterator[dict[str, Any]]:
     """The row of each provider that runs here; the reasons of the others go to `missing`."""
     if "vllm_bmos" in args.providers:
-        yield bench_bmos(shape, args, load)
+        yield from bench_bmos(shape, args, load)
     if "vllm_bf16" in args.providers:
         yield bench_bf16(shape, args, load)
     if "llama_cpp" in args.providers:
@@ -115,8 +117,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def bench_bmos(shape: Shape, args: argparse.Namespace, load: Load) -> dict[str, Any]:
-    """BinaryMoS served by vLLM.
+def bench_bmos(shape: Shape, args: argparse.Namespace, load: Load) -> Iterator[dict[str, Any]]:
+    """BinaryMoS served by vLLM, with embeddings and lm_head as they are and in 8 bits.
 
     Memory is beside that of a tiny model, which is vLLM's own, when the server is ready and after
     all requests.
@@ -131,22 +133,24 @@ def bench_bmos(shape: Shape, args: argparse.Namespace, load: Load) -> dict[str, 
     tiny_first, tiny_next = (
         measure_server(tiny, load, [], args.work, rates=False) for _ in range(2)
     )
-    first = measure_server(model, load, [], args.work, rates=False)
-    found = measure_server(model, load, [], args.work)
 
     def beyond(ours: dict[str, Any], vllm: dict[str, Any], what: str = "resident_bytes") -> float:
         return round((ours[what] - vllm["resident_bytes"]) / 1e9, 3)
 
-    return {
-        "provider": "vllm_bmos",
-        "mode": "default",
-        "first_ready_seconds": first["ready_seconds"],
-        "first_resident_beyond_vllm_gb": beyond(first, tiny_first),
-        "resident_gb": round(found["resident_bytes"] / 1e9, 3),
-        "resident_beyond_vllm_gb": beyond(found, tiny_next),
-        "loaded_beyond_vllm_gb": beyond(found, tiny_next, "loaded_bytes"),
-        **{key: value for key, value in found.items() if not key.endswith("_bytes")},
-    }
+    for mode, embeddings in (("default", ""), (IN_8_BITS, "int8")):
+        set_for_mode = {EMBEDDINGS_ENV: embeddings}
+        first = measure_server(model, load, [], args.work, rates=False, env=set_for_mode)
+        found = measure_server(model, load, [], args.work, env=set_for_mode)
+        yield {
+            "provider": "vllm_bmos",
+            "mode": mode,
+            "first_ready_seconds": first["ready_seconds"],
+            "first_resident_beyond_vllm_gb": beyond(first, tiny_first),
+            "resident_gb": round(found["resident_bytes"] / 1e9, 3),
+            "resident_beyond_vllm_gb": beyond(found, tiny_next),
+            "loaded_beyond_vllm_gb": beyond(found, tiny_next, "loaded_bytes"),
+            **{key: value for key, value in found.items() if not key.endswith("_bytes")},
+        }
 
 
 def bench_bf16(shape: Shape, args: argparse.Namespace, load: Load) -> dict[str, Any]:

@@ -44,9 +44,22 @@ class Load:
 
 
 def measure_server(
-    model: Path, load: Load, options: Iterable[str], work: Path, rates: bool = True
+    model: Path,
+    load: Load,
+    options: Iterable[str],
+    work: Path,
+    rates: bool = True,
+    env: dict[str, str] | None = None,
 ) -> dict[str, Any]:
     """Serve a model, measure it, stop it.
+
+    Args:
+        model: what is served.
+        load: what is asked of it.
+        options: of `vllm serve`, besides the load's.
+        work: directory for logs.
+        rates: whether to send requests.
+        env: additions to the server's environment.
 
     Returns:
         ready_seconds (start of the process until it answers), weights_seconds (reading and
@@ -67,6 +80,7 @@ def measure_server(
         env={
             "VLLM_CPU_KVCACHE_SPACE": str(load.kv_gib),
             **bound_to_cores(load.threads),
+            **(env or {}),
         },
         timeout=START_SECONDS,
     )

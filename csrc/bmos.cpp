@@ -96,13 +96,11 @@ int bmos_pack(const uint8_t* bits, int64_t K, const int64_t* shard_sizes, int64_
     return BMOS_OK;
 }
 
-int bmos_router_logits(const void* x, int x_dtype, int64_t M, int64_t K, const void* router,
-                       int scale_dtype, int64_t rows, float* logits, int threads) {
+int bmos_dense(const void* x, int x_dtype, int64_t M, int64_t K, const void* weight,
+               int weight_dtype, int64_t rows, float* y, int threads) {
     if (K < 1 || M < 0 || rows < 1) return BMOS_SHAPE;
     if (M == 0) return BMOS_OK;
-    return logits_only(x, x_dtype, M, K, router, scale_dtype, rows, logits, threads)
-               ? BMOS_OK
-               : BMOS_MEMORY;
+    return dense(x, x_dtype, M, K, weight, weight_dtype, rows, y, threads) ? BMOS_OK : BMOS_MEMORY;
 }
 
 int bmos_linear(const void* x, int x_dtype, int64_t M, int64_t K, const float* logits,

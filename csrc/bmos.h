@@ -10,7 +10,7 @@
 
 extern "C" {
 
-enum BmosDtype { BMOS_F32 = 0, BMOS_F16 = 1, BMOS_BF16 = 2 };
+enum BmosDtype { BMOS_F32 = 0, BMOS_F16 = 1, BMOS_BF16 = 2, BMOS_I8 = 3 };
 
 // Planes of eight bits that hold one quantized activation.
 enum BmosMode { BMOS_INT8 = 1, BMOS_DEFAULT = 2, BMOS_EXACT = 4 };
@@ -24,7 +24,7 @@ enum BmosStatus {
 };
 
 // Counts the changes of these functions' arguments.
-enum { BMOS_ABI = 1 };
+enum { BMOS_ABI = 2 };
 BMOS_API int bmos_abi();
 
 // What a status means.
@@ -48,10 +48,9 @@ BMOS_API int64_t bmos_packed_bytes(int64_t K, const int64_t* shard_sizes, int64_
 BMOS_API int bmos_pack(const uint8_t* bits, int64_t K, const int64_t* shard_sizes, int64_t S,
                        int64_t E, int scale_dtype, int mode, void* packed, int threads);
 
-// logits[M, rows] = x[M, K] @ router[rows, K].T in fp32.
-BMOS_API int bmos_router_logits(const void* x, int x_dtype, int64_t M, int64_t K,
-                                const void* router, int scale_dtype, int64_t rows,
-                                float* logits, int threads);
+// y[M, rows] = x[M, K] @ weight[rows, K].T in fp32; the weight alone may be BMOS_I8.
+BMOS_API int bmos_dense(const void* x, int x_dtype, int64_t M, int64_t K, const void* weight,
+                        int weight_dtype, int64_t rows, float* y, int threads);
 
 // y[M, N] of the whole layer; `logits` [M, S, E] and `bias` [N] may be null. The scales
 // s_in[S, E, K], s_out[E, N] and router[S, E, K] have one dtype.

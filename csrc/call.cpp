@@ -7,7 +7,7 @@
 
 namespace bmos {
 
-int64_t bytes_of(int dtype) { return dtype == BMOS_F32 ? 4 : 2; }
+int64_t bytes_of(int dtype) { return dtype == BMOS_F32 ? 4 : dtype == BMOS_I8 ? 1 : 2; }
 int64_t chunks_of(int64_t K) { return (K + kChunk - 1) / kChunk; }
 int chunk_size(int64_t K, int64_t chunk) {
     return int(std::min<int64_t>(kChunk, K - chunk * kChunk));
@@ -42,39 +42,6 @@ void softmax(const float* logits, int64_t chunks, int64_t stride, int64_t E, flo
         sum += G[e];
     }
     for (int64_t e = 0; e < E; ++e) G[e] /= sum;
-}
-
-bool logits_only(const void* x, int x_dtype, int64_t M, int64_t K, const void* router,
-                 int scale_dtype, int64_t rows, float* logits, int threads) {
-    const Kernels& f = kernels();
-    const int64_t row_size = (K + kPad - 1) / kPad * kPad;
-    float* xs = reinterpret_cast<float*>(
-        Scratch::of_this_thread().reserve(threads * kTokens * row_size * sizeof(float)));
-    if (!xs) return false;
-    run(threads, [&](const Team& team) {
-        const Range some = team.part(M, kTokens);
-        float* own = xs + team.thread() * kTokens * row_size;
-        for (int64_t m = some.first; m < some.last; m += kTokens) {
-            const int T = int(std::min<int64_t>(kTokens, some.last - m));
-            for (int t = 0; t < T; ++t) {
-                f.to_float(static_cast<const char*>(x) + (m + t) * K * bytes_of(x_dtype), x_dtype,
-                           int(K), int(row_size), own + t * row_size);
-            }
-            for (int64_t r = 0; r < rows; ++r) {
-                float sums[kTokens];
-                for (int64_t i = 0; i < chunks_of(K); ++i) {
-                    const int64_t k = i * kChunk;
-                    float dots[kTokens];
-                    f.dot(own + k, row_size, T,
-                          static_cast<const char*>(router) + (r * K + k) * bytes_of(scale_dtype),
-                          scale_dtype, chunk_size(K, i), dots);
-                    for (int t = 0; t < T; ++t) sums[t] = i ? sums[t] + dots[t] : dots[t];
-                }
-                for (int t = 0; t < T; ++t) logits[(m + t) * rows + r] = sums[t];
-            }
-        }
-    });
-    return true;
 }
 
 Grid::Grid(int32_t max_bits, int planes) {

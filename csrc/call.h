@@ -37,9 +37,9 @@ struct Call {
 bool with_tables(const Call& call);  // every phase is split along K or N
 bool as_product(const Call& call);   // the first phase is split along M
 
-// logits[M, rows] of bmos_router_logits, with the bits that both have.
-bool logits_only(const void* x, int x_dtype, int64_t M, int64_t K, const void* router,
-                 int scale_dtype, int64_t rows, float* logits, int threads);
+// y[M, rows] of bmos_dense. Of a router, both ways to compute a layer give its logits these bits.
+bool dense(const void* x, int x_dtype, int64_t M, int64_t K, const void* weight, int dtype,
+           int64_t rows, float* y, int threads);
 
 // Fetch what will be read soon into the cache.
 inline void fetch(const void* from, int64_t bytes) {

@@ -69,6 +69,17 @@ struct Layer {
         return y;
     }
 
+    // The logits of a vocabulary of N words, of which the rows are divided, and of a router's four.
+    std::vector<float> logits(int64_t M, int threads) const {
+        std::vector<float> y(M * (vocabulary() + 4));
+        for (auto [rows, to] : {std::pair{vocabulary(), y.data()},
+                                {int64_t(4), y.data() + M * vocabulary()}}) {
+            expect(bmos_dense(x.data(), BMOS_F32, M, K, packed.data(), BMOS_I8, rows, to, threads));
+        }
+        return y;
+    }
+    int64_t vocabulary() const { return int64_t(packed.size()) / K; }
+
     static void expect(int status) {
         if (status == BMOS_OK) return;
         std::fprintf(stderr, "race: %s\n", bmos_status(status));
@@ -81,9 +92,14 @@ private:
 };
 
 void check(const char* isa, const Layer& layer, int64_t M) {
-    const std::vector<float> one = layer.outputs(M, 1);
+    const auto all = [&](int threads) {
+        std::vector<float> found = layer.outputs(M, threads), more = layer.logits(M, threads);
+        found.insert(found.end(), more.begin(), more.end());
+        return found;
+    };
+    const std::vector<float> one = all(1);
     const auto compare = [&](int threads) {
-        const std::vector<float> many = layer.outputs(M, threads);
+        const std::vector<float> many = all(threads);
         if (std::memcmp(one.data(), many.data(), one.size() * sizeof(float)) == 0) return;
         std::fprintf(stderr, "race: %s, M=%d: %d threads give other bits\n", isa, int(M), threads);
         std::exit(1);

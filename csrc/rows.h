@@ -23,6 +23,11 @@ struct BF16 {
     static V get(const uint16_t* p) { return load_bf16(p); }
 };
 
+struct I8 {
+    using type = int8_t;
+    static V get(const int8_t* p) { return load_i8(p); }
+};
+
 // Sixteen numbers, of which only n may be read; the others are zero.
 template <class D>
 inline V get(const typename D::type* p, int64_t n) {
@@ -47,34 +52,47 @@ void to_float(const void* x, int dtype, int n, int padded, float* out) {
     BMOS_BY_DTYPE(dtype, to_float_as, x, n, padded, out);
 }
 
+// Sums of sixteen lanes that one token's part of a dot product is made of, so that additions need
+// not wait for each other. A processor with few registers goes through the numbers several times.
+constexpr int kSums = 4;
+
 template <class D, int T>
 void dot_of(const float* x, int64_t ldx, const typename D::type* r, int n, float* out) {
-    V sums[4 * T];
+    constexpr int kStep = kSumsInRegisters / T > 0 ? kSumsInRegisters / T : 1;
+    constexpr int kAtOnce = kStep < kSums ? kStep : kSums;
+    constexpr int kWidth = 16 * kSums;
+    V all[kSums * T];
+#pragma GCC unroll 4
+    for (int first = 0; first < kSums; first += kAtOnce) {
+        V sums[kAtOnce * T];
 #pragma GCC unroll 16
-    for (int j = 0; j < 4 * T; ++j) sums[j] = set(0.0f);
-    int i = 0;
-    for (; i + 64 <= n; i += 64) {
-#pragma GCC unroll 16
-        for (int j = 0; j < 4; ++j) {
-            const V y = D::get(r + i + 16 * j);
-#pragma GCC unroll 16
-            for (int t = 0; t < T; ++t) {
-                sums[j * T + t] = fma(load(x + t * ldx + i + 16 * j), y, sums[j * T + t]);
+        for (int j = 0; j < kAtOnce * T; ++j) sums[j] = set(0.0f);
+        int i = 16 * first;
+        for (; i + kWidth <= n + 16 * first; i += kWidth) {
+#pragma GCC unroll 4
+            for (int j = 0; j < kAtOnce; ++j) {
+                const V y = D::get(r + i + 16 * j);
+#pragma GCC unroll 4
+                for (int t = 0; t < T; ++t) {
+                    sums[j * T + t] = fma(load(x + t * ldx + i + 16 * j), y, sums[j * T + t]);
+                }
             }
         }
-    }
-#pragma GCC unroll 16
-    for (int j = 0; j < 4; ++j, i += 16) {
-        if (i >= n) break;
-        const V y = get<D>(r + i, n - i);
-#pragma GCC unroll 16
-        for (int t = 0; t < T; ++t) {
-            sums[j * T + t] = fma(load(x + t * ldx + i), y, sums[j * T + t]);
+#pragma GCC unroll 4
+        for (int j = 0; j < kAtOnce; ++j, i += 16) {
+            if (i >= n) break;
+            const V y = get<D>(r + i, n - i);
+#pragma GCC unroll 4
+            for (int t = 0; t < T; ++t) {
+                sums[j * T + t] = fma(load(x + t * ldx + i), y, sums[j * T + t]);
+            }
         }
-    }
 #pragma GCC unroll 16
+        for (int j = 0; j < kAtOnce * T; ++j) all[first * T + j] = sums[j];
+    }
+#pragma GCC unroll 4
     for (int t = 0; t < T; ++t) {
-        out[t] = sum_of(add(add(sums[t], sums[T + t]), add(sums[2 * T + t], sums[3 * T + t])));
+        out[t] = sum_of(add(add(all[t], all[T + t]), add(all[2 * T + t], all[3 * T + t])));
     }
 }
 
@@ -86,6 +104,7 @@ void dot_as(const float* x, int64_t ldx, int T, const void* r, int n, float* out
 }
 
 void dot(const float* x, int64_t ldx, int T, const void* r, int dtype, int n, float* out) {
+    if (dtype == BMOS_I8) return dot_as<I8>(x, ldx, T, r, n, out);
     BMOS_BY_DTYPE(dtype, dot_as, x, ldx, T, r, n, out);
 }
 

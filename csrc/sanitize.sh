@@ -27,7 +27,8 @@ library() { "${CXX:-g++}" -print-file-name="lib$1.so"; }
 LD_PRELOAD="$(library asan) $(library ubsan) $(library stdc++)" \
     ASAN_OPTIONS=detect_leaks=0:quarantine_size_mb=8 UBSAN_OPTIONS=print_stacktrace=1 \
     VLLM_BMOS_CPU_LIBRARY="$build/memory/vllm_bmos/kernels/libbmos_cpu.so" \
-    "$python" -m pytest -q tests/kernels/test_cpu.py tests/kernels/test_torch_op.py "$@"
+    "$python" -m pytest -q tests/kernels/test_cpu.py tests/kernels/test_dense.py \
+    tests/kernels/test_torch_op.py "$@"
 
 build threads "-fsanitize=thread"
 kernels="$build/threads/vllm_bmos/kernels"

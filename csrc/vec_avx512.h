@@ -11,6 +11,8 @@ namespace bmos::avx512 {
 using V = __m512;
 using I = __m512i;
 
+constexpr int kSumsInRegisters = 16;  // Of sixteen lanes, and room for their factors.
+
 inline V set(float x) { return _mm512_set1_ps(x); }
 inline V load(const float* p) { return _mm512_loadu_ps(p); }
 inline V load_f16(const uint16_t* p) {
@@ -19,6 +21,10 @@ inline V load_f16(const uint16_t* p) {
 inline V load_bf16(const uint16_t* p) {
     const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+inline V load_i8(const int8_t* p) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
 }
 inline void store(float* p, V x) { _mm512_storeu_ps(p, x); }
 inline void store_f16(uint16_t* p, V x) {

@@ -60,6 +60,8 @@ inline uint16_t f32_to_bf16(float x) {
     return uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
+constexpr int kSumsInRegisters = 4;  // For processors with as many as AVX2.
+
 inline V set(float x) {
     return each<V>([&](int) { return x; });
 }
@@ -71,6 +73,9 @@ inline V load_f16(const uint16_t* p) {
 }
 inline V load_bf16(const uint16_t* p) {
     return each<V>([&](int i) { return bit_cast<float>(uint32_t(p[i]) << 16); });
+}
+inline V load_i8(const int8_t* p) {
+    return each<V>([&](int i) { return float(p[i]); });
 }
 inline void store(float* p, V x) { memcpy(p, x.lane, sizeof(x.lane)); }
 inline void store_f16(uint16_t* p, V x) {

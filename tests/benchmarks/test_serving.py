@@ -10,6 +10,7 @@ from make_model import SHAPES
 from vllm_bench import Load, weights_seconds
 
 from examples.server import session_pids
+from vllm_bmos.plugin.int8_embedding import EMBEDDINGS_ENV
 
 LOG = """\
 (Worker pid=7) INFO 11-22 00:59:58 [base_loader.py:82] Initializing model took 0.2 seconds
@@ -41,6 +42,23 @@ def test_memory_of_a_session_holds_its_children():
     finally:
         os.killpg(child.pid, 9)
         child.wait()
+
+
+def test_our_model_is_served_with_embeddings_as_they_are_and_in_8_bits(monkeypatch, tmp_path):
+    def measure(model, load, options, work, rates=True, env=None):
+        held = {None: 3.0, "": 4.5, "int8": 4.25}[env and env[EMBEDDINGS_ENV]]
+        found = {"resident_bytes": held * 1e9, "ready_seconds": 9.0}
+        return found | ({"loaded_bytes": held * 1e9 + 1e8, "ttft_ms": 1.0} if rates else {})
+
+    monkeypatch.setattr(serving, "measure_server", measure)
+    for make in ("kept_bmos_model", "make_bmos_model"):
+        monkeypatch.setattr(serving, make, lambda *_: tmp_path)
+    args = serving.parse_args(["--work", str(tmp_path)])
+    load = Load([4], 100, 8, threads=1)
+    plain, narrow = serving.bench_bmos(SHAPES["llama-7b"], args, load)
+    assert (plain["mode"], narrow["mode"]) == ("default", serving.IN_8_BITS)
+    assert plain["resident_beyond_vllm_gb"] == 1.5 and narrow["resident_beyond_vllm_gb"] == 1.25
+    assert narrow["loaded_beyond_vllm_gb"] == 1.35 and narrow["ttft_ms"] == 1.0
 
 
 def test_depth_is_extrapolated_linearly(monkeypatch, tmp_path):

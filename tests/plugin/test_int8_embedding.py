@@ -13,14 +13,10 @@ from vllm_bmos.plugin.int8_embedding import (
     EMBEDDINGS_ENV,
     Int8EmbeddingMethod,
     int8_wanted,
-    linear,
     quantize,
 )
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-TOLERANCE = {torch.bfloat16: 4e-3, torch.float16: 6e-4, torch.float32: 1e-5}
-# One that torch's kernel takes, with a part that is not whole; one that it would read beyond.
-SHAPES = [(2 * narrow.ROWS + 64, 192), (narrow.ROWS + 1, 101)]
 
 
 def table(N: int, K: int, dtype: torch.dtype) -> torch.Tensor:
@@ -39,52 +35,11 @@ def test_a_weight_is_off_by_half_a_step_at_most(dtype: torch.dtype) -> None:
     weight[5] = 0
     codes, scale = quantize(weight)
     assert codes.dtype == torch.int8 and codes.shape == weight.shape
-    assert scale.dtype == (dtype if dtype == torch.bfloat16 else torch.float32)
-    largest = weight.abs().amax(1, keepdim=True).double()
+    assert scale.dtype == torch.float32 and scale.shape == (len(weight),)
     off = (values(codes, scale) - weight.double()).abs()
-    # Where bfloat16 rounds a scale down, the largest weight of the row lacks up to 1 / 256 of it.
-    assert (off <= torch.maximum(0.502 * scale.double().unsqueeze(1), largest / 256)).all()
-    assert codes.abs().amax(1)[scale > 1e-9].min() >= 126
+    assert (off <= 0.50001 * scale.double().unsqueeze(1)).all()
+    assert (codes.abs().amax(1) == 127).sum() == len(weight) - 1
     assert not codes[5].any() and torch.isfinite(scale).all()
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("N", "K"), SHAPES)
-@pytest.mark.parametrize("M", [1, narrow.FEW - 1, narrow.FEW])
-@pytest.mark.parametrize("with_bias", [False, True])
-@pytest.mark.parametrize("lacks", [False, True])
-def test_it_is_the_product(
-    dtype: torch.dtype,
-    N: int,
-    K: int,
-    M: int,
-    with_bias: bool,
-    lacks: bool,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(narrow, "lacks_products", lambda _: lacks)
-    codes, scale = quantize(table(N, K, dtype))
-    x = torch.randn(M, K, generator=torch.Generator().manual_seed(1)).to(dtype)
-    bias = torch.randn(N, generator=torch.Generator().manual_seed(2)).to(dtype)
-    y = linear(x, codes, scale, bias if with_bias else None)
-    wanted = x.double() @ values(codes, scale).T + (bias.double() if with_bias else 0)
-    assert y.dtype == dtype and y.shape == (M, N)
-    size = x.double().norm(dim=1, keepdim=True) * values(codes, scale).norm(dim=1) / K**0.5
-    error = (y.double() - wanted) / (size + bias.double().abs() if with_bias else size)
-    assert error.square().mean().sqrt() < TOLERANCE[dtype]
-
-
-def test_large_sums_do_not_overflow(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(narrow, "lacks_products", lambda _: False)
-    codes, scale = quantize(torch.full((64, 4096), 1e-3, dtype=torch.float16))
-    y = linear(torch.ones(narrow.FEW, 4096, dtype=torch.float16), codes, scale)
-    torch.testing.assert_close(y, torch.full_like(y, 4.096), rtol=2e-3, atol=0)
-
-
-def test_tokens_may_come_in_batches() -> None:
-    codes, scale = quantize(table(64, 32, torch.float32))
-    x = torch.randn(2, 3, 32)
-    assert torch.equal(linear(x, codes, scale), linear(x.view(6, 32), codes, scale).view(2, 3, 64))
 
 
 def made(dtype: torch.dtype) -> tuple[Int8EmbeddingMethod, torch.nn.Module, torch.Tensor]:
@@ -109,7 +64,7 @@ def test_a_table_and_the_head_that_is_tied_to_it(dtype: torch.dtype) -> None:
     assert found.dtype == dtype and found.shape == (2, 3, 64)
     torch.testing.assert_close(found, values(codes, scale)[ids].to(dtype), rtol=8e-3, atol=0)
     x = torch.randn(4, 64).to(dtype)
-    assert torch.equal(head_method.apply(head, x), linear(x, codes, scale))
+    assert torch.equal(head_method.apply(head, x), narrow.linear(x, codes, None, scale))
     assert set(layer.state_dict()) == {"weight", "weight_scale"}
 
 

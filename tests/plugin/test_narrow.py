@@ -1,4 +1,4 @@
-"""Products of 16-bit weights in float32, a part of the weights at a time."""
+"""Products of weights of 16 and 8 bits, by the library and a part of the weights at a time."""
 
 from types import SimpleNamespace
 
@@ -8,24 +8,73 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.platforms import CpuArchEnum
 
 from vllm_bmos.plugin import embedding, narrow
+from vllm_bmos.plugin.int8_embedding import quantize
 
 DTYPES = [torch.bfloat16, torch.float16]
+TOLERANCE = {torch.bfloat16: 4e-3, torch.float16: 6e-4, torch.float32: 1e-5}
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("M", [1, narrow.FEW - 1, narrow.FEW, 33])
-@pytest.mark.parametrize("N", [1, narrow.ROWS, 2 * narrow.ROWS + 3])
+@pytest.mark.parametrize("weights", ["dense", "int8"])
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float32])
+@pytest.mark.parametrize("M", [1, narrow.FEW - 1, narrow.FEW])
+@pytest.mark.parametrize("N", [7, narrow.ROWS, 2 * narrow.ROWS + 3])
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_it_is_the_product(dtype: torch.dtype, M: int, N: int, with_bias: bool) -> None:
+@pytest.mark.parametrize("lacks", [False, True])
+def test_it_is_the_product(
+    weights: str,
+    dtype: torch.dtype,
+    M: int,
+    N: int,
+    with_bias: bool,
+    lacks: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(narrow, "lacks_products", lambda _: lacks)
     generator = torch.Generator().manual_seed(0)
     x, weight = (torch.randn(size, 100, generator=generator).to(dtype) for size in (M, N))
     bias = torch.randn(N, generator=generator).to(dtype) if with_bias else None
-    y = narrow.linear(x, weight, bias)
-    wanted = x.double() @ weight.double().T
+    scale, values = None, weight.double()
+    if weights == "int8":
+        weight, scale = quantize(weight)
+        values = weight.double() * scale.double().unsqueeze(1)
+    y = narrow.linear(x, weight, bias, scale)
+    wanted = x.double() @ values.T
     wanted += 0 if bias is None else bias.double()
     assert y.dtype == dtype and y.shape == (M, N)
-    error = (y.double() - wanted).norm() / wanted.norm()
-    assert error < (4e-3 if dtype == torch.bfloat16 else 6e-4)
+    # 100 products of numbers of size 1; that of bfloat16 itself rounds more on processors with it.
+    assert (y.double() - wanted).square().mean().sqrt() < 15 * TOLERANCE[dtype]
+
+
+def test_tokens_may_come_in_batches() -> None:
+    x, weight = torch.randn(2, 3, 32), torch.randn(64, 32)
+    assert torch.equal(
+        narrow.linear(x, weight), narrow.linear(x.view(6, 32), weight).view(2, 3, 64)
+    )
+
+
+@pytest.mark.parametrize("M", [1, narrow.FEW])
+def test_large_sums_do_not_overflow(M: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(narrow, "lacks_products", lambda _: False)
+    codes, scale = quantize(torch.full((64, 4096), 1e-3, dtype=torch.float16))
+    y = narrow.linear(torch.ones(M, 4096, dtype=torch.float16), codes, None, scale)
+    torch.testing.assert_close(y, torch.full_like(y, 4.096), rtol=2e-3, atol=0)
+
+
+def test_without_the_library_the_log_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def missing() -> None:
+        raise OSError("not built")
+
+    monkeypatch.setattr(narrow.cpu, "library", missing)
+    monkeypatch.setattr(narrow.logger, "propagate", True)
+    narrow.has_library.cache_clear()
+    try:
+        x, weight = torch.randn(2, 100), torch.randn(30, 100)
+        torch.testing.assert_close(narrow.linear(x, weight), x @ weight.T)
+        assert "slow without the CPU kernel's library (not built)" in caplog.text
+    finally:
+        narrow.has_library.cache_clear()
 
 
 X86, ARM = CpuArchEnum.X86, CpuArchEnum.ARM

@@ -26,7 +26,17 @@ from vllm_bmos.checkpoint.signs import check_width
 from vllm_bmos.kernels import large_pages, torch_op
 from vllm_bmos.kernels.base import Kernel, LinearConfig, LinearTensors
 
-__all__ = ["ISA_ENV", "LIBRARY_ENV", "MODE_ENV", "CpuKernel", "isa", "isas", "library", "mode"]
+__all__ = [
+    "ISA_ENV",
+    "LIBRARY_ENV",
+    "MODE_ENV",
+    "CpuKernel",
+    "dense",
+    "isa",
+    "isas",
+    "library",
+    "mode",
+]
 
 ISA_ENV = "VLLM_BMOS_CPU_ISA"
 MODE_ENV = "VLLM_BMOS_CPU_MODE"
@@ -34,9 +44,10 @@ LIBRARY_ENV = "VLLM_BMOS_CPU_LIBRARY"
 
 # The enums of csrc/bmos.h.
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+DENSE_DTYPES = {**DTYPES, torch.int8: 3}
 MODES = {"int8": 1, "default": 2, "exact": 4}
 SHAPE = 2  # BMOS_SHAPE
-ABI = 1  # BMOS_ABI
+ABI = 2  # BMOS_ABI
 MAX_K = 65536  # kMaxK of csrc/kernels.h
 
 # Another build of the library, with sanitizers, say, may be named.
@@ -91,23 +102,8 @@ class CpuKernel(Kernel):
     def router_logits(
         self, x: torch.Tensor, router_weight: torch.Tensor, shards: int
     ) -> torch.Tensor:
-        x = x.contiguous()
-        M, K = x.shape
-        E = router_weight.shape[1]
-        logits = torch.empty((M, shards, E), dtype=torch.float32)
-        status = library().bmos_router_logits(
-            x.data_ptr(),
-            DTYPES[x.dtype],
-            M,
-            K,
-            router_weight.data_ptr(),
-            DTYPES[router_weight.dtype],
-            shards * E,
-            logits.data_ptr(),
-            torch.get_num_threads(),
-        )
-        _check(status)
-        return logits
+        rows = router_weight.reshape(-1, router_weight.shape[-1])
+        return dense(x, rows).view(len(x), shards, router_weight.shape[1])
 
     @override
     def linear(
@@ -158,6 +154,35 @@ class CpuKernel(Kernel):
         )
         _check(status)
         return y
+
+
+def dense(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x[M,K] @ weight[N,K].T with sums in fp32: [M,N] float32.
+
+    Weights of 16 and 8 bits are read as they are; each row of x has the same bits in every batch.
+
+    Args:
+        x: float32, float16 or bfloat16.
+        weight: of these dtypes or int8.
+    """
+    x, weight = x.contiguous(), weight.contiguous()
+    (M, K), N = x.shape, len(weight)
+    if weight.shape != (N, K):
+        raise ValueError(f"expected weights of {K} inputs for x, found {tuple(weight.shape)}.")
+    y = torch.empty((M, N), dtype=torch.float32)
+    status = library().bmos_dense(
+        x.data_ptr(),
+        DTYPES[x.dtype],
+        M,
+        K,
+        weight.data_ptr(),
+        DENSE_DTYPES[weight.dtype],
+        N,
+        y.data_ptr(),
+        torch.get_num_threads(),
+    )
+    _check(status)
+    return y
 
 
 def _packed_bytes(config: LinearConfig) -> int:
@@ -230,7 +255,7 @@ def library() -> ctypes.CDLL:
     bmos.bmos_pack.argtypes = [
         *(pointer, size, pointer, size, size, number, number, pointer, number)
     ]
-    bmos.bmos_router_logits.argtypes = [
+    bmos.bmos_dense.argtypes = [
         *(pointer, number, size, size, pointer, number, size, pointer, number)
     ]
     bmos.bmos_linear.argtypes = [

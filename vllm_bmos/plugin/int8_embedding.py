@@ -21,13 +21,12 @@ from vllm_bmos.plugin import narrow
 from vllm_bmos.plugin.embedding import AfterWarmUp, LeanEmbeddingMethod
 from vllm_bmos.plugin.state import STATE_FORMATS
 
-__all__ = ["EMBEDDINGS_ENV", "Int8EmbeddingMethod", "int8_wanted", "linear", "quantize"]
+__all__ = ["EMBEDDINGS_ENV", "Int8EmbeddingMethod", "int8_wanted", "quantize"]
 
 logger = init_logger(__name__)
 
 EMBEDDINGS_ENV = "VLLM_BMOS_EMBEDDINGS"
 LARGEST = 127
-MULTIPLE = 64  # of N and K, for torch's kernel, which reads beyond a row that is not whole vectors
 
 
 def int8_wanted() -> bool:
@@ -97,8 +96,7 @@ class Int8EmbeddingMethod(QuantizeMethodBase):
     def embedding(self, layer: torch.nn.Module, input_: torch.Tensor) -> torch.Tensor:
         scale = layer.get_buffer("weight_scale")
         codes = torch.nn.functional.embedding(input_, layer.get_parameter("weight"))
-        found = codes.to(scale.dtype) * scale[input_].unsqueeze(-1)
-        return found.to(layer.activation_dtype)  # type: ignore[arg-type]
+        return (codes * scale[input_].unsqueeze(-1)).to(layer.activation_dtype)  # type: ignore[arg-type]
 
     @override
     def apply(
@@ -107,35 +105,16 @@ class Int8EmbeddingMethod(QuantizeMethodBase):
         if self.plain is not None:
             return self.plain.apply(layer, x, bias)
         self.after_warm_up()
-        return linear(x, layer.get_parameter("weight"), layer.get_buffer("weight_scale"), bias)
+        scale = layer.get_buffer("weight_scale")
+        return narrow.linear(x, layer.get_parameter("weight"), bias, scale)
 
 
 def quantize(weight: Parameter | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Integers and scales of the rows of weight[N,K]: int8[N,K] and [N].
-
-    Scales are bfloat16 for a bfloat16 weight, as torch's kernel wants them, else float32; the
-    integers are those of the rounded scale.
-    """
-    dtype = torch.bfloat16 if weight.dtype == torch.bfloat16 else torch.float32
-    scale = (weight.abs().amax(1).float() / LARGEST).clamp_(min=torch.finfo(dtype).tiny).to(dtype)
+    """Integers and scales of the rows of weight[N,K]: int8[N,K] and float32[N]."""
+    scale = weight.abs().amax(1).float().div_(LARGEST).clamp_(min=torch.finfo().tiny)
     codes = torch.empty_like(weight, dtype=torch.int8)
     parts = zip(*(t.split(narrow.ROWS) for t in (weight, scale, codes)), strict=True)
     for rows, row_scale, found in parts:
-        wide = rows.float() / row_scale.float().unsqueeze(1)
+        wide = rows.float() / row_scale.unsqueeze(1)
         found.copy_(wide.round_().clamp_(-LARGEST, LARGEST))
     return codes, scale
-
-
-def linear(
-    x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None = None
-) -> torch.Tensor:
-    """x[M,K] @ (codes[N,K] * scale[N,1]).T + bias[N] in x's dtype.
-
-    torch's kernel for few tokens in bfloat16, the only dtype that it is fast in; else integers are
-    widened in parts that stay in the caches.
-    """
-    few = x.ndim == 2 and len(x) < narrow.FEW
-    if few and x.dtype == torch.bfloat16 and not any(n % MULTIPLE for n in codes.shape):
-        y = torch._weight_int8pack_mm(x.contiguous(), codes, scale)
-        return y if bias is None else y.add_(bias)
-    return narrow.linear_in_parts(x, codes, bias, scale)

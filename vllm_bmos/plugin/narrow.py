@@ -1,16 +1,23 @@
-"""Products with 16-bit weights on x86 processors that have no instructions for them.
+"""Products with dense weights of 16 or 8 bits, for lm_head, where torch has no fast ones.
 
-Up to AVX2 neither oneDNN nor torch has a fast product of bfloat16 or float16. A few tokens wait for
-the memory all the same, but for many torch's own takes up to seven times as long as converting the
-weights and multiplying in float32: for 16 tokens a 7B model's lm_head took more than a third of the
-time of all its 1-bit layers.
+Up to AVX2 neither oneDNN nor torch has a fast product of bfloat16 or float16: for 16 tokens a 7B
+model's lm_head took more than a third of the time of all its 1-bit layers. For few tokens the
+library of the 1-bit layers multiplies, in float32, by weights as they are; for many, weights are
+widened in parts that stay in the caches, and torch multiplies.
 """
 
+from functools import cache
+
 import torch
+from vllm.logger import init_logger
 from vllm.platforms import CpuArchEnum, current_platform
 
+from vllm_bmos.kernels import cpu
+
+logger = init_logger(__name__)
+
 SLOW = ("DEFAULT", "AVX2")  # what torch calls processors without AVX-512
-FEW = 10  # tokens below which converting the weights takes longer than torch's own product
+FEW = 24  # tokens below which widening the weights takes longer
 ROWS = 512  # of the weight at a time: in float32 they stay in the caches, 8 MB for K = 4096
 
 
@@ -24,34 +31,42 @@ def lacks_products(dtype: torch.dtype) -> bool:
     )
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x[M,K] @ weight[N,K].T + bias[N] in x's dtype; for many tokens sums are float32's."""
-    if x.ndim != 2 or len(x) < FEW:
-        return torch.nn.functional.linear(x, weight, bias)
-    return linear_in_parts(x, weight, bias)
-
-
-def linear_in_parts(
+def linear(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None = None,
     scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """x[...,K] @ (weight[N,K] * scale[N,1]).T + bias[N] in x's dtype, ROWS of the weight at a time.
+    """x[...,K] @ (weight[N,K] * scale[N,1]).T + bias[N] in x's dtype."""
+    flat = x.reshape(-1, x.shape[-1])
+    if len(flat) < FEW and has_library():
+        wide = cpu.dense(flat, weight)
+        y = (wide if scale is None else wide.mul_(scale)).to(x.dtype)
+    else:
+        y = in_parts(flat, weight, scale)
+    return (y if bias is None else y.add_(bias)).view(*x.shape[:-1], len(weight))
 
-    The weight may have any dtype whose values x's dtype can hold.
-    """
-    wide = x.reshape(-1, x.shape[-1])
-    if lacks_products(x.dtype):
-        wide = wide.float()
-    y = x.new_empty(len(wide), len(weight))
-    part = wide.new_empty(ROWS, x.shape[-1])
-    if scale is not None:
-        scale = scale.to(torch.promote_types(scale.dtype, part.dtype))
+
+def in_parts(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+    """x[M,K] @ (weight[N,K] * scale[N,1]).T in x's dtype, ROWS of the weight at a time."""
+    wide = x.float() if lacks_products(x.dtype) else x
+    y = x.new_empty(len(x), len(weight))
+    part = wide.new_empty(ROWS, x.shape[1])
     for start in range(0, len(weight), ROWS):
         rows = slice(start, start + ROWS)
         block = part[: len(weight[rows])].copy_(weight[rows])
         if scale is not None:  # before the product: its sums may be too large for float16 without
             block *= scale[rows].unsqueeze(1)
         y[:, rows] = wide @ block.T
-    return (y if bias is None else y.add_(bias)).view(*x.shape[:-1], len(weight))
+    return y
+
+
+@cache
+def has_library() -> bool:
+    """Whether the library of the CPU kernel is there; the log says why not."""
+    try:
+        cpu.library()
+    except OSError as error:
+        logger.warning("BinaryMoS: lm_head is slow without the CPU kernel's library (%s)", error)
+        return False
+    return True
