@@ -31,6 +31,7 @@ DISTRIBUTIONS = (
     "zentorch",
     "llama-cpp-python",
 )
+OURS = "VLLM_BMOS_"  # variables that change what is measured
 CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_bf16", "amx_int8")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -92,7 +93,7 @@ def start(threads: int) -> None:
 
 
 def machine_facts(threads: int) -> dict[str, Any]:
-    """Processor, memory, versions, thread count and commit of this run."""
+    """Processor, memory, versions, thread count, commit and settings of this run."""
     cpu = cpu_info()
     facts: dict[str, Any] = {
         "cpu": cpu.get("model name", platform.processor()),
@@ -107,6 +108,11 @@ def machine_facts(threads: int) -> dict[str, Any]:
         "versions": _versions(),
         "commit": commit(),
     }
+    settings = {
+        name: value for name, value in os.environ.items() if value and name.startswith(OURS)
+    }
+    if settings:
+        facts["environment"] = dict(sorted(settings.items()))
     if torch.cuda.is_available():
         facts["gpu"] = torch.cuda.get_device_name()
     return facts

@@ -43,14 +43,14 @@ def test_linear_rows_keep_their_provider_mode_and_shape(tmp_path: Path) -> None:
             },
         ],
     )
-    lines = tables.tables(tmp_path).splitlines()
+    lines = tables.tables(tmp_path, tables.TABLES).splitlines()
     assert "Some CPU, 2 threads" in lines[0]
     assert "| **vllm-bmos**, default | 41 | - | - | - | - | - |" in lines
     assert "| vllm-bmos, int8 | - | - | - | 9,000 | - | - |" in lines
     assert "| vLLM bf16 | 400 | - | - | - | - | - |" in lines
     assert "linear.png" not in lines[-1]
     (tmp_path / "linear.png").touch()
-    assert tables.tables(tmp_path).endswith("(benchmarks/results/linear.png)")
+    assert tables.tables(tmp_path, tables.TABLES).endswith("(benchmarks/results/linear.png)")
 
 
 def test_a_table_names_the_instructions_and_whose_results_were_wrong() -> None:
@@ -105,7 +105,7 @@ def test_commands_replace_the_results_that_the_table_shows(tmp_path: Path) -> No
         row = {**ROW, "provider": "vllm_bmos", "mode": "default", "M": 1, "median_us": 41.4}
         result = {"machine": {"cpu": "Some CPU", "threads": 2}, "rows": [row]}
         (tmp_path / f"{name}.json").write_text(json.dumps(result))
-    first, second = tables.tables(tmp_path).split("One linear layer")[1:]
+    first, second = tables.tables(tmp_path, tables.TABLES).split("One linear layer")[1:]
     assert "`python benchmarks/linear.py`" in first
     assert "`python benchmarks/linear.py --json benchmarks/results/linear_avx2.json`" in second
 
@@ -132,7 +132,7 @@ def test_quality_rows_say_what_was_scored(tmp_path: Path) -> None:
     settings |= {"backend": "vllm", "dtype": "bfloat16", "calibration": ["a.txt", "b.txt"]}
     result = {"model": "m.gguf", "settings": settings, "rows": [ours, other, row]}
     (tmp_path / "quality.json").write_text(json.dumps(result))
-    lines = tables.tables(tmp_path).splitlines()
+    lines = tables.tables(tmp_path, tables.TABLES).splitlines()
     assert "m.gguf" in lines[0] and "first 8 windows of 1024 tokens" in lines[0]
     assert "32,768 tokens of a.txt and b.txt" in lines[0]
     assert [line.split("|")[1].strip() for line in lines[4:]] == ["Float16", "GPTQ", "Ours"]
@@ -144,10 +144,11 @@ def test_quality_rows_say_what_was_scored(tmp_path: Path) -> None:
 def test_only_the_marked_part_is_replaced() -> None:
     text = f"before\n{tables.BEGIN}\nold\n{tables.END}\nafter\n"
     assert (
-        tables.with_tables(text, "new") == f"before\n{tables.BEGIN}\n\nnew\n\n{tables.END}\nafter\n"
+        tables.with_tables(text, "new", "README.md")
+        == f"before\n{tables.BEGIN}\n\nnew\n\n{tables.END}\nafter\n"
     )
     with pytest.raises(ValueError, match="once each"):
-        tables.with_tables("no marks", "new")
+        tables.with_tables("no marks", "new", "README.md")
 
 
 def test_draft_rows_are_beside_the_dense_model_alone(tmp_path: Path) -> None:
@@ -168,9 +169,25 @@ def test_draft_rows_are_beside_the_dense_model_alone(tmp_path: Path) -> None:
         ],
     }
     (tmp_path / "draft.json").write_text(json.dumps(result))
-    lines = tables.tables(tmp_path).splitlines()
+    lines = tables.tables(tmp_path, tables.TABLES).splitlines()
     assert "llama-1b (22 layers)" in lines[0]
     assert "80% of the tokens" in lines[0]
     assert "draft.py --shape llama-1b --draft-tokens 3 --tokens 40`" in lines[0]
     assert "| 0 | 7.9 | 1 | |" in lines
     assert "| 3 | 13.2 | 3.0 | 4 of 4 |" in lines
+
+
+def test_a_step_s_table_has_the_settings_it_was_measured_with(tmp_path: Path) -> None:
+    facts = {"cpu": "Some CPU", "threads": 2, "environment": {"VLLM_BMOS_EMBEDDINGS": "int8"}}
+    result = {
+        "machine": facts,
+        "model": {"shape": "llama-7b", "layers": 32, "E": 4},
+        "prompt": 32,
+        "steps": 24,
+        "rows": [{"batch": 4, "step_ms": 200.0, "parts_ms": {"lm_head": 50.0}}],
+    }
+    (tmp_path / "step_avx2_int8.json").write_text(json.dumps(result))
+    text = tables.tables(tmp_path, tables.STEPS_OF_VLLM)
+    command = "`VLLM_BMOS_EMBEDDINGS=int8 python benchmarks/step.py --json benchmarks/results/"
+    assert f"32 to 84 tokens of context, on Some CPU, 2 threads; {command}" in text
+    assert "| lm_head | 50.0 (25%) |" in text
