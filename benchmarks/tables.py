@@ -151,10 +151,11 @@ def serving_table(result: dict[str, Any], command: str) -> str:
 
 def step_table(result: dict[str, Any], command: str) -> str:
     """Milliseconds of the parts of a decode step."""
-    model, last = result["model"], result["prompt"] + WARM_STEPS + 2 * result["steps"]
+    model, first = result["model"], result["prompt"]
+    last = first + WARM_STEPS + 2 * result["steps"]
     return (
-        f"A step of {model['shape']} ({model['layers']} layers, E={model['E']}), "
-        f"{result['prompt']} to {last} tokens of context, on {machine(result)}; `{command} --steps {result['steps']}`:"
+        f"A step of {model['shape']} ({model['layers']} layers, E={model['E']}), {first} to {last} "
+        f"tokens of context, on {machine(result)}; `{command} --steps {result['steps']}`:"
         f"\n\n{step_rows(result['rows'])}"
     )
 
