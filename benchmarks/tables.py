@@ -138,7 +138,8 @@ def serving_table(result: dict[str, Any], command: str) -> str:
         lines += ["", f"Not measured: {label(provider, mode)} ({first})."]
     in_8_bits = next((row for row in rows if row["mode"] == IN_8_BITS), None)
     if in_8_bits is not None:
-        after += f" (with 8-bit embeddings {in_8_bits['resident_beyond_vllm_gb']:.2f} more)"
+        less = in_8_bits["resident_beyond_vllm_gb"]
+        after = f" ({less:.2f} with embeddings in 8 bits){after}"
     seconds = ours["weights_seconds"]
     read = "" if seconds is None else f", and reads its weights in {seconds:.0f} s"
     lines += [

@@ -44,12 +44,16 @@ struct Layer {
     std::vector<int64_t> shards;
     std::vector<char> packed;
     std::vector<float> s_in, s_out, router, x;
+    static constexpr int64_t kVocabulary = 203;  // enough rows for three threads
+    std::vector<int8_t> table;
     int64_t N = 0;
 
     Layer(int64_t K, std::vector<int64_t> sizes, int64_t E, int mode, int64_t M)
         : K(K), E(E), shards(std::move(sizes)) {
         const int64_t S = int64_t(shards.size());
         for (int64_t n : shards) N += n;
+        table.resize(kVocabulary * K);
+        for (int8_t& number : table) number = int8_t(next());
         std::vector<uint8_t> bits(N * ((K + 7) / 8));
         for (uint8_t& byte : bits) byte = uint8_t(next());
         packed.resize(bmos_packed_bytes(K, shards.data(), S));
@@ -69,16 +73,16 @@ struct Layer {
         return y;
     }
 
-    // The logits of a vocabulary of N words, of which the rows are divided, and of a router's four.
+    // The logits of a vocabulary, of which the rows are divided, and of a router's four.
     std::vector<float> logits(int64_t M, int threads) const {
-        std::vector<float> y(M * (vocabulary() + 4));
-        for (auto [rows, to] : {std::pair{vocabulary(), y.data()},
-                                {int64_t(4), y.data() + M * vocabulary()}}) {
-            expect(bmos_dense(x.data(), BMOS_F32, M, K, packed.data(), BMOS_I8, rows, to, threads));
+        std::vector<float> y(M * (kVocabulary + 4));
+        float* to = y.data();
+        for (int64_t rows : {kVocabulary, int64_t(4)}) {
+            expect(bmos_dense(x.data(), BMOS_F32, M, K, table.data(), BMOS_I8, rows, to, threads));
+            to += M * rows;
         }
         return y;
     }
-    int64_t vocabulary() const { return int64_t(packed.size()) / K; }
 
     static void expect(int status) {
         if (status == BMOS_OK) return;

@@ -82,7 +82,7 @@ def test_a_model_s_table_says_what_is_missing_and_how_it_was_run() -> None:
     less = {**row, "mode": tables.IN_8_BITS, "resident_beyond_vllm_gb": 1.25}
     both = tables.serving_table(result | {"rows": [row, less]}, "serving.py")
     assert "| vllm-bmos, `VLLM_BMOS_EMBEDDINGS=int8` | 9.0 | 90.0 |" in both
-    assert both.endswith("1.50 more than with a tiny model (with 8-bit embeddings 1.25 more).")
+    assert both.endswith("1.50 more than with a tiny model (1.25 with embeddings in 8 bits).")
     result["missing"] = {"llama_cpp q4_0": "it ended: \nTraceback", "llama_cpp": "not installed"}
     lines = tables.serving_table(result, "serving.py").splitlines()
     assert "serving.py --providers llama_cpp vllm_bmos`" in lines[0]

@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -48,6 +49,13 @@ def engine(path: Path, dtype: str, **options: Any) -> Iterator[Any]:
         del llm
         gc.collect()
         cleanup_dist_env_and_memory()
+
+
+def save_state(source: Path, path: Path) -> None:
+    """Have an engine of `source` write its sharded state into the directory `path`."""
+    with engine(source, "float32") as llm:
+        llm.llm_engine.engine_core.save_sharded_state(path=str(path))
+    shutil.copy(source / "config.json", path)
 
 
 def generate(llm: Any, prompts: list[list[int]], **options: Any) -> list[Answer]:

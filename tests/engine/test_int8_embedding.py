@@ -22,6 +22,7 @@ from tests.engine.compare import (
     reference_answers,
     reference_model,
     run_engine,
+    save_state,
     subprocess_answers,
     vllm_answers,
 )
@@ -54,7 +55,13 @@ def rounded(path: Path, to: Path, dtype: torch.dtype = torch.float32) -> Path:
 
 
 @pytest.mark.feature("Numerics", ROW, against=AGAINST + ", equal tokens")
-@pytest.mark.parametrize("arch", ["llama", "llama-tied", "gemma3", "phi3"])
+@pytest.mark.parametrize(
+    "arch",
+    [
+        "llama-tied",
+        *(pytest.param(arch, marks=pytest.mark.slow) for arch in ("llama", "gemma3", "phi3")),
+    ],
+)
 def test_fp32_equals_transformers(arch: str, tmp_path: Path) -> None:
     path = make_packed(arch, tmp_path / "packed")
     expected = reference_answers(rounded(path, tmp_path / "rounded"), torch.float32)
@@ -69,7 +76,9 @@ def dtypes_of_tables(model: torch.nn.Module) -> set[torch.dtype]:
     return {p.dtype for name, p in model.named_parameters() if name.endswith(TABLES)}
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)]
+)
 def test_16_bits_are_as_close_to_fp32_as_transformers_is(
     dtype: torch.dtype, packed: Path, tmp_path: Path
 ) -> None:
@@ -121,14 +130,33 @@ def test_a_reload_quantizes_the_new_weights(arch: str, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.feature(
-    "Loading", ROW + ", with `--load-format sharded_state`", against="refused, with what to do"
+    "Loading",
+    ROW + ", a state saved with it or loaded with it",
+    against="refused when it is loaded",
 )
-def test_a_sharded_state_is_refused_either_way(packed: Path, tmp_path: Path) -> None:
-    done = run_engine(packed, "float32", INT8, load_format="sharded_state")
+def test_a_sharded_state_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed, state = make_packed("llama-tied", tmp_path / "packed"), tmp_path / "state"
+    state.mkdir()
+    save_state(packed, state)
+    done = run_engine(state, "float32", INT8, load_format="sharded_state")
     assert done.returncode and f"{EMBEDDINGS_ENV}=int8: --load-format sharded_state" in done.stderr
+    monkeypatch.delenv(EMBEDDINGS_ENV)
+    with pytest.raises(KeyError, match="weight_scale"):  # vLLM's own message
+        vllm_answers(state, "float32", load_format="sharded_state")
 
 
 @pytest.mark.slow
 def test_logits_in_another_dtype_are_refused(packed: Path) -> None:
     done = run_engine(packed, "bfloat16", INT8, hf_overrides={"head_dtype": "float32"})
-    assert done.returncode and "only supported for an unquantized lm_head" in done.stderr
+    assert done.returncode and f"{EMBEDDINGS_ENV}=int8: for logits in another dtype" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_model_whose_tables_vllm_builds_dense_stays_as_it_is(
+    tmp_path: Path,
+) -> None:
+    path = make_packed("opt", tmp_path)
+    expected = reference_answers(path, torch.float32)
+    found, log = subprocess_answers(path, "float32", INT8)
+    assert_same(found, expected, tolerance=2e-3)
+    assert f"{EMBEDDINGS_ENV} changes nothing here" in log

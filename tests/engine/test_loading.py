@@ -19,6 +19,7 @@ from tests.engine.compare import (
     engine,
     generate,
     reference_answers,
+    save_state,
     vllm_answers,
 )
 from tests.tiny import make_packed, random_model
@@ -82,12 +83,6 @@ def test_logits_in_float32_from_an_lm_head_in_16_bits(packed: Path) -> None:
     overrides = {"head_dtype": "float32"}
     answers = vllm_answers(packed, "bfloat16", hf_overrides=overrides)
     assert [len(answer.tokens) for answer in answers] == [NEW_TOKENS] * len(PROMPTS)
-
-
-def save_state(source: Path, path: Path) -> None:
-    with engine(source, "float32") as llm:
-        llm.llm_engine.engine_core.save_sharded_state(path=str(path))
-    shutil.copy(source / "config.json", path)
 
 
 @pytest.mark.feature(

@@ -33,13 +33,28 @@ def values(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 def test_a_weight_is_off_by_half_a_step_at_most(dtype: torch.dtype) -> None:
     weight = table(narrow.ROWS + 3, 100, dtype)
     weight[5] = 0
+    before = weight.clone()
     codes, scale = quantize(weight)
+    assert torch.equal(weight, before)
     assert codes.dtype == torch.int8 and codes.shape == weight.shape
     assert scale.dtype == torch.float32 and scale.shape == (len(weight),)
     off = (values(codes, scale) - weight.double()).abs()
     assert (off <= 0.50001 * scale.double().unsqueeze(1)).all()
     assert (codes.abs().amax(1) == 127).sum() == len(weight) - 1
     assert not codes[5].any() and torch.isfinite(scale).all()
+
+
+def test_scales_do_not_depend_on_torchs_default_dtype() -> None:
+    weight = table(8, 100, torch.float16) * 1e-3  # vLLM loads a float16 model with that default
+    expected = quantize(weight)
+    torch.set_default_dtype(torch.float16)
+    try:
+        found = quantize(weight)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == other.dtype and torch.equal(one, other)
+    assert (found[0].abs().amax(1) == 127).all()
 
 
 def made(dtype: torch.dtype) -> tuple[Int8EmbeddingMethod, torch.nn.Module, torch.Tensor]:
@@ -62,7 +77,7 @@ def test_a_table_and_the_head_that_is_tied_to_it(dtype: torch.dtype) -> None:
     ids = torch.tensor([[3, 0, 127], [5, 5, 9]])
     found = method.embedding(layer, ids)
     assert found.dtype == dtype and found.shape == (2, 3, 64)
-    torch.testing.assert_close(found, values(codes, scale)[ids].to(dtype), rtol=8e-3, atol=0)
+    assert torch.equal(found, (codes * scale.unsqueeze(1))[ids].to(dtype))
     x = torch.randn(4, 64).to(dtype)
     assert torch.equal(head_method.apply(head, x), narrow.linear(x, codes, None, scale))
     assert set(layer.state_dict()) == {"weight", "weight_scale"}
@@ -94,12 +109,58 @@ def test_it_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
         int8_wanted()
 
 
-def test_other_devices_and_saved_states_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_is_not_copied_into_integers() -> None:
+    copied = []
+    method, layer = Int8EmbeddingMethod("lm_head"), torch.nn.Module()
+    loader = {"weight_loader": lambda param, loaded_weight: copied.append(loaded_weight)}
+    method.create_weights(layer, 64, [128], 64, 128, params_dtype=torch.float32, **loader)
+    weight = layer.get_parameter("weight")
+    weight.data.normal_()
+    weight.weight_loader(weight, "first")  # type: ignore[attr-defined]
+    method.process_weights_after_loading(layer)
+    with pytest.raises(ValueError, match=r"lm_head: its weights are in 8 bits.*reload_weights"):
+        weight.weight_loader(weight, "second")  # type: ignore[attr-defined]
+    assert copied == ["first"]
+
+
+def vllm_config(load_format: str = "auto", **model: Any) -> SimpleNamespace:
+    usual = {
+        "runner_type": "generate",
+        "dtype": torch.bfloat16,
+        "head_dtype": torch.bfloat16,
+        "architectures": ["LlamaForCausalLM"],
+    }
+    load = SimpleNamespace(load_format=load_format)
+    return SimpleNamespace(load_config=load, model_config=SimpleNamespace(**(usual | model)))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (vllm_config(), None),
+        (vllm_config(runner_type="pooling", head_dtype=torch.float32), None),
+        (vllm_config("sharded_state"), "--load-format sharded_state"),
+        (vllm_config(head_dtype=torch.float32), r"head_dtype torch\.float32.*Unset one of the two"),
+        (
+            vllm_config(architectures=["EmbeddingGemma2Model"]),
+            "vLLM's EmbeddingGemma2Model looks at",
+        ),
+    ],
+)
+def test_what_cannot_have_it_is_refused(
+    config: SimpleNamespace, message: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv(EMBEDDINGS_ENV, "int8")
-    config: Any = SimpleNamespace(load_config=SimpleNamespace(load_format="sharded_state"))
     monkeypatch.setattr(int8_embedding, "get_current_vllm_config_or_none", lambda: config)
-    with pytest.raises(ValueError, match="--load-format sharded_state"):
+    if message is None:
+        assert int8_wanted()
+        return
+    with pytest.raises(ValueError, match=message):
         int8_wanted()
+
+
+def test_it_is_for_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(EMBEDDINGS_ENV, "int8")
     monkeypatch.setattr(current_platform, "is_cpu", lambda: False, raising=False)
     with pytest.raises(ValueError, match="for CPUs only"):
         int8_wanted()

@@ -70,9 +70,12 @@ def test_without_the_library_the_log_says_so(
     monkeypatch.setattr(narrow.logger, "propagate", True)
     narrow.has_library.cache_clear()
     try:
-        x, weight = torch.randn(2, 100), torch.randn(30, 100)
+        x, weight, scale = torch.randn(2, 100), torch.randn(30, 100), torch.rand(30)
         torch.testing.assert_close(narrow.linear(x, weight), x @ weight.T)
-        assert "slow without the CPU kernel's library (not built)" in caplog.text
+        torch.testing.assert_close(
+            narrow.linear(x, weight, None, scale), x @ weight.T * scale, rtol=1e-4, atol=1e-4
+        )
+        assert "slow without the CPU kernel's library (not built); install a C++" in caplog.text
     finally:
         narrow.has_library.cache_clear()
 

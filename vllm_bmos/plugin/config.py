@@ -220,8 +220,10 @@ class BinaryMosVllmConfig(QuantizationConfig):
     def get_cache_scale_mapper(self) -> "WeightsMapper":
         """Asked for by vLLM when a whole model is built and its weights are about to be loaded."""
         vllm_config = get_current_vllm_config_or_none()
+        if vllm_config is None or vllm_config.parallel_config.pipeline_parallel_size > 1:
+            return super().get_cache_scale_mapper()  # the rest is on other ranks
         left = sorted(set(self.modules.values()) - self._claimed)
-        if left and vllm_config and vllm_config.parallel_config.pipeline_parallel_size == 1:
+        if left:
             logger.warning_once(
                 "BinaryMoS: vLLM's model has no place for %d quantized layers, the first is %s. If "
                 "it fails to load them, it builds such layers without quantization: convert the "

@@ -6,6 +6,8 @@ Beside 1-bit layers they are most of what is left: 0.5 of a LLaMA-7B's 1.4 GB, 2
 """
 
 import os
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
@@ -27,6 +29,12 @@ logger = init_logger(__name__)
 
 EMBEDDINGS_ENV = "VLLM_BMOS_EMBEDDINGS"
 LARGEST = 127
+# Whose code in vLLM looks at the weight itself, and would take the integers for it.
+LOOK_AT_WEIGHTS = {
+    "DiffusionGemmaForConditionalGeneration",
+    "EmbeddingGemma2Model",
+    "Gemma4MTPModel",
+}
 
 
 def int8_wanted() -> bool:
@@ -44,10 +52,24 @@ def int8_wanted() -> bool:
     if not current_platform.is_cpu():
         raise ValueError(f"{told} is for CPUs only. Unset it to serve on this device.")
     config = get_current_vllm_config_or_none()
-    if config is not None and config.load_config.load_format in STATE_FORMATS:
+    if config is None or config.model_config is None:
+        return True
+    if config.load_config.load_format in STATE_FORMATS:
         raise ValueError(
             f"{told}: --load-format {config.load_config.load_format} takes tensors as they were in "
             "memory, so nothing can be quantized. Unset it, or serve the checkpoint itself."
+        )
+    model = config.model_config
+    if model.runner_type == "generate" and model.head_dtype != model.dtype:
+        raise ValueError(
+            f"{told}: for logits in another dtype than the model's (head_dtype {model.head_dtype}, "
+            f"dtype {model.dtype}) vLLM needs a dense lm_head. Unset one of the two."
+        )
+    strange = LOOK_AT_WEIGHTS.intersection(model.architectures)
+    if strange:
+        raise ValueError(
+            f"{told}: vLLM's {strange.pop()} looks at the weights of its embeddings itself, and "
+            "would take the integers for them. Unset it to serve this model."
         )
     return True
 
@@ -69,6 +91,8 @@ class Int8EmbeddingMethod(QuantizeMethodBase):
 
     @override
     def create_weights(self, layer: torch.nn.Module, *sizes: Any, **attributes: Any) -> None:
+        if "weight_loader" in attributes:
+            attributes["weight_loader"] = _refusing_integers(attributes["weight_loader"], self.name)
         UnquantizedEmbeddingMethod().create_weights(layer, *sizes, **attributes)
         weight = layer.get_parameter("weight")
         weight.row_scale = None  # type: ignore[attr-defined]
@@ -90,6 +114,7 @@ class Int8EmbeddingMethod(QuantizeMethodBase):
             # The parameter stays, as a tied head has the same one; so does its scale.
             weight.data, weight.row_scale = quantize(weight.data)
             logger.info("BinaryMoS: %s is kept in 8 bits.", self.name)
+        # Persistent: a state that is saved with it is not loaded where nobody expects integers.
         layer.register_buffer("weight_scale", weight.row_scale)
 
     @override
@@ -109,12 +134,29 @@ class Int8EmbeddingMethod(QuantizeMethodBase):
         return narrow.linear(x, layer.get_parameter("weight"), bias, scale)
 
 
-def quantize(weight: Parameter | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _refusing_integers(loader: Callable[..., None], name: str) -> Callable[..., None]:
+    """The loader of a table, stopped where it would copy a checkpoint's numbers into integers."""
+
+    @wraps(loader)
+    def load(param: Parameter, loaded_weight: torch.Tensor) -> None:
+        if param.dtype == torch.int8:
+            raise ValueError(
+                f"{name}: its weights are in 8 bits, so that a checkpoint's cannot be copied into "
+                "them. Use vLLM's reload_weights in place of load_weights."
+            )
+        loader(param, loaded_weight)
+
+    return load
+
+
+def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Integers and scales of the rows of weight[N,K]: int8[N,K] and float32[N]."""
-    scale = weight.abs().amax(1).float().div_(LARGEST).clamp_(min=torch.finfo().tiny)
     codes = torch.empty_like(weight, dtype=torch.int8)
-    parts = zip(*(t.split(narrow.ROWS) for t in (weight, scale, codes)), strict=True)
-    for rows, row_scale, found in parts:
-        wide = rows.float() / row_scale.unsqueeze(1)
-        found.copy_(wide.round_().clamp_(-LARGEST, LARGEST))
+    scale = torch.empty(len(weight), dtype=torch.float32)
+    # In parts: a copy of a whole table would be the most that loading takes.
+    parts = zip(*(t.split(narrow.ROWS) for t in (weight, codes, scale)), strict=True)
+    for rows, found, row_scale in parts:
+        wide = rows.float()
+        row_scale.copy_(wide.abs().amax(1) / LARGEST).clamp_(min=torch.finfo(torch.float32).tiny)
+        found.copy_((wide / row_scale.unsqueeze(1)).round_())
     return codes, scale

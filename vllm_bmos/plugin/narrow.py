@@ -37,11 +37,18 @@ def linear(
     bias: torch.Tensor | None = None,
     scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """x[...,K] @ (weight[N,K] * scale[N,1]).T + bias[N] in x's dtype."""
+    """x[...,K] @ (weight[N,K] * scale[N,1]).T + bias[N] in x's dtype.
+
+    Fewer than FEW tokens are multiplied in float32; more in float32 or, where the processor has
+    products of x's dtype, in that, to which scaled weights are rounded.
+    """
     flat = x.reshape(-1, x.shape[-1])
-    if len(flat) < FEW and has_library():
+    few = len(flat) < FEW
+    if few and has_library():
         wide = cpu.dense(flat, weight)
         y = (wide if scale is None else wide.mul_(scale)).to(x.dtype)
+    elif few and scale is None:
+        y = torch.nn.functional.linear(flat, weight)  # widening the weights takes longer
     else:
         y = in_parts(flat, weight, scale)
     return (y if bias is None else y.add_(bias)).view(*x.shape[:-1], len(weight))
@@ -67,6 +74,10 @@ def has_library() -> bool:
     try:
         cpu.library()
     except OSError as error:
-        logger.warning("BinaryMoS: lm_head is slow without the CPU kernel's library (%s)", error)
+        logger.warning(
+            "BinaryMoS: lm_head is slow without the CPU kernel's library (%s); install a C++ "
+            "compiler, then vllm-bmos again.",
+            error,
+        )
         return False
     return True
