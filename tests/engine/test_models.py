@@ -15,11 +15,17 @@ from tests.engine.compare import (
 )
 from tests.tiny import CONFIGS, MORE_CONFIGS, make_packed
 
+# Models that differ from another one of CONFIGS in little.
+ALIKE = ("llama-mqa", "mistral", "gemma", "opt-350m")
+
 
 @pytest.mark.feature(
     "Numerics", f"eager, float32: {', '.join(CONFIGS)}", against="transformers, equal tokens"
 )
-@pytest.mark.parametrize("arch", CONFIGS)
+@pytest.mark.parametrize(
+    "arch",
+    [pytest.param(arch, marks=pytest.mark.slow if arch in ALIKE else ()) for arch in CONFIGS],
+)
 def test_fp32_greedy_tokens_and_logprobs_equal_transformers(arch: str, tmp_path: Path) -> None:
     assert_equals_transformers(make_packed(arch, tmp_path))
 
