@@ -84,6 +84,16 @@ def vllm_answers(
         return generate(llm, PROMPTS, lora_request=request)
 
 
+def answers_after_swap(path: Path, other: Path) -> list[Answer]:
+    """What an engine of `path` answers when `other` lies there and its weights are reloaded."""
+    with engine(path, "float32") as llm:
+        shutil.rmtree(path)
+        shutil.copytree(other, path)
+        llm.collective_rpc("reload_weights")
+        llm.reset_prefix_cache()
+        return generate(llm, PROMPTS)
+
+
 def answer_of(completion: Any) -> Answer:
     """The tokens and their log-probabilities of a vLLM completion."""
     tokens = list(completion.token_ids)

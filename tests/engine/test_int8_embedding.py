@@ -13,6 +13,7 @@ from tests.engine.compare import (
     COMPILED,
     PROMPTS,
     TWO_RANKS,
+    answers_after_swap,
     assert_same,
     assert_varied,
     engine,
@@ -118,12 +119,7 @@ def test_an_adapter(packed: Path, tmp_path: Path) -> None:
 def test_a_reload_quantizes_the_new_weights(arch: str, tmp_path: Path) -> None:
     path = make_packed(arch, tmp_path / "served")
     other = make_packed(arch, tmp_path / "other", seed=1)
-    with engine(path, "float32") as llm:
-        shutil.rmtree(path)
-        shutil.copytree(other, path)
-        llm.collective_rpc("reload_weights")
-        llm.reset_prefix_cache()
-        found = generate(llm, PROMPTS)
+    found = answers_after_swap(path, other)
     expected = reference_answers(rounded(other, tmp_path / "rounded"), torch.float32)
     assert_same(found, expected, tolerance=2e-3)
 
